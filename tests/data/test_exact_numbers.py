@@ -193,13 +193,14 @@ def test_series_whose_small_features_are_flattened_are_warned_of(
     def said(inputs: torch.Tensor, normalize: Any = "train") -> str:
         caplog.clear()
         how = {"input_shape": [*inputs.shape[1:]], "normalize": normalize, **some}
-        data_of(Examples(inputs, torch.zeros(len(inputs))), **how)
+        data_of(Examples(inputs, torch.zeros(len(inputs))), **how).train(device=CPU)
         return caplog.text
 
     assert "data.normalize=train: of inputs [12, 3] it takes the first dimension" in said(series)
-    assert "have deviations of 0.00" in caplog.text
+    assert "have standard deviations of 0.00" in caplog.text
     for fine in (
         series.transpose(1, 2),  # (N, features, time)
+        torch.cat([series, series], 2),  # as likely channels, or an image
         series / scales,
         series[:, :, :1],
         torch.cat([series[:, :, :1], torch.ones(40, 12, 1)], 2),  # a constant one

@@ -76,12 +76,6 @@ class DataChecks:
                     f"data.augmentation={type(augmentation).__name__} does not move masks with "
                     "their images. Use CropFlip, or null."
                 )
-            if self.ignore_index is None and _fills(augmentation):
-                raise UserError(
-                    f"data.augmentation.pad={augmentation.pad}: loss.ignore_index=null, so what "
-                    "comes in from outside would be class 0. Use loss.ignore_index=255, "
-                    "data.augmentation.padding_mode=reflect or data.augmentation.pad=0."
-                )
             largest = max((self.num_classes or 1) - 1, self.ignore_index or 0)
             if largest > 255 or (self.ignore_index or 0) < 0:
                 raise UserError(
@@ -230,12 +224,6 @@ class DataChecks:
                 "has no negative value, and its values sum to one. For 0 and 1 per label use "
                 "task=multilabel, for real values task=regression."
             )
-
-
-def _fills(augmentation: Any) -> bool:
-    """Return True if an augmentation fills with zeros what comes in from outside."""
-    pads = getattr(augmentation, "pad", 0) > 0
-    return pads and getattr(augmentation, "padding_mode", None) == "constant"
 
 
 def order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:

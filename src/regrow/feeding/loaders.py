@@ -225,6 +225,7 @@ class Data:
         self.folds, self.fold = folds, fold  # the source has cut them
         self._feeds: dict[tuple[str, bool, torch.device], Feed] = {}
         self._epochs = Epochs()
+        self._standardises = normalize == "train"
         self._check(augment, augmentation, normalize_targets)
         self.final = self._final(final_sets)
         self.num_overlapping = check_overlap(source, overlap, self.final)
@@ -246,8 +247,6 @@ class Data:
             self._checks().check_mixing(self.mixing, self.preprocessing)
         self._refuse_overflow()
         self._warn_of_rounding()
-        if normalize == "train":
-            self._warn_of_mixed_features()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
 
@@ -330,6 +329,9 @@ class Data:
                 f"data.batch_size={self.batch_size} is more than the {count} training examples, "
                 f"and data.drop_last=true drops them all. Lower one or set the other to false."
             )
+        self._warn_of_borders()
+        if self._standardises:
+            self._warn_of_mixed_features()
         rotates = self.augment and isinstance(self.source.train, Tokens)
         changed = rotates or self.augmentation is not None or bool(self.transforms)
         feed = self._feed("train", changed, device)
@@ -666,6 +668,18 @@ class Data:
                     *(what, lost, way_out),
                 )
 
+    def _warn_of_borders(self) -> None:
+        """Warn of masks in memory whose augmentation lets in a border of class 0."""
+        pads = getattr(self.augmentation, "padding_mode", None) == "constant"
+        pad = getattr(self.augmentation, "pad", None)
+        if self.target_kind == "segmentation" and self.ignore_index is None and pads and pad:
+            log.warning(
+                "data.augmentation.pad=%s: what comes in from outside is class 0, as no class is "
+                "ignored. To leave it out: loss.ignore_index=255, "
+                "data.augmentation.padding_mode=reflect or data.augmentation.pad=0",
+                pad,
+            )
+
     def _warn_of_mixed_features(self) -> None:
         """Warn of series (time, features) whose small features the normalisation flattens.
 
@@ -675,7 +689,7 @@ class Data:
         if not isinstance(train, Examples) or how.kind != "table" or train.inputs.ndim != 3:
             return
         first, last = train.inputs.shape[1:]
-        if last >= first:  # more likely (channels, time)
+        if 4 * last > first:  # more likely (channels, time), or an image
             return
         some = train.inputs[:: -(-len(train) // NUM_SAMPLED)]
         spread = Normalizer(how).features(some).std(0, correction=0).amax(0)  # (features,)
@@ -684,8 +698,8 @@ class Data:
             return
         log.warning(
             "data.normalize=train: of inputs [%d, %d] it takes the first dimension for channels. "
-            "The places of the last one then have deviations of %.2g to %.2g, so that the model "
-            "hardly sees some. If these are features, normalise them in data.source and set "
+            "Columns of the last one then have standard deviations of %.2g to %.2g, and the model "
+            "hardly sees the smallest. If they are features, normalise them in data.source and set "
             "data.normalize=none, or give inputs [features, time].",
             *(first, last, float(spread.amin()), float(spread.amax())),
         )
