@@ -148,6 +148,8 @@ def onnx(run: LoadedRun, example: Inputs) -> bytes:
                 program, dynamo=True, input_names=names, output_names=outputs, verbose=False
             )
     except Exception as error:  # its last cause names the operation that ONNX lacks
+        if isinstance(error, UserError) or machine_fault(error) is not None:
+            raise
         *_, cause = chain(error)
         reason = brief(cause, 300).rstrip(".")
         raise UserError(
@@ -290,7 +292,7 @@ def _ties(run: LoadedRun, expected: dict[str, Tensor]) -> Tensor | None:
     if shares is None:
         return None
     if shares.ndim > expected["prediction"].ndim:
-        class_dim = -1 if run.task.kind == "language" else 1
+        class_dim = -1 if kind_of(run.task) == "language" else 1
         two = shares.topk(2, dim=class_dim).values
         return two.select(class_dim, 0) - two.select(class_dim, 1) <= 2 * TOLERANCE
     return (shares - getattr(run.task, "threshold", 0.5)).abs() <= TOLERANCE
