@@ -90,7 +90,7 @@ def make(options: Arguments, overrides: list[str]) -> None:
         if folder or data:
             sets, facts = of_data(data_of([*overrides, f"seed={options['seed']}"]))
         else:
-            sets, facts = of_datasets(datasets_of(overrides), fields)
+            sets, facts = of_datasets(datasets_of(overrides, options["seed"]), fields)
         layout = Layout(
             int(options["shard_mb"] * 1e6),
             int(options["block_mb"] * 1e6),

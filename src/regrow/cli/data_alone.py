@@ -41,7 +41,7 @@ def data_of(overrides: Sequence[str]) -> Data:
             for key in config.data:
                 if OmegaConf.is_missing(config.data, key):
                     raise UserError(f"data.{key} must be given: add data.{key}=…")
-            node = plain(config.data)
+            node, seed = plain(config.data), int(config.seed)  # that of a run, not data.seed
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(composition_error(error)) from error
         except ValueError as error:
@@ -53,14 +53,15 @@ def data_of(overrides: Sequence[str]) -> Data:
         raise UserError("data.root must be given: add data.root=…")
     check_data(node)
     allow(node)
-    seed_data(node["seed"])
+    seed_data(seed)
     found: Data = instantiate(node)
     return found
 
 
-def datasets_of(overrides: Sequence[str]) -> dict[str, Any]:
+def datasets_of(overrides: Sequence[str], seed: int) -> dict[str, Any]:
     """Return the data sets of `data.<set>._target_=…` or of `data._target_=…`, by their names.
 
+    What they draw as they are made follows from `seed`.
     Raises UserError unless they have numbered items.
     """
     node: dict[str, Any] = {}
@@ -76,6 +77,7 @@ def datasets_of(overrides: Sequence[str]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
         place[last] = value
     allow(node)
+    seed_data(seed)
     made = instantiate(node) if "_target_" in node else {
         name: instantiate(each) for name, each in node.items() if _has_target(name, each)
     }  # fmt: skip
