@@ -115,7 +115,7 @@ BAD = {
         for key, says in {
             "hue=0.7": "data.augmentation.hue=0.7 must be a number from 0 to 0.5.",
             "brightness=-1": "data.augmentation.brightness=-1 must be a number from 0.",
-            "crop_scale=[1,0.1]": "must be a list of two numbers above 0, the least and the gre",
+            "crop_scale=[1,0.1]": "must be a list of two numbers from 0, the least and the gre",
             "crop_ratio=[0,1]": "must be a list of two numbers above 0, the least and the gre",
         }.items()
     },

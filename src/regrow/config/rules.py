@@ -169,6 +169,11 @@ BETAS = Rule(
     "a list of two numbers, 0 or more and below 1",
     {**list_of(number(0, 1, below=True)).schema, "minItems": 2, "maxItems": 2},
 )
+SHARES = Rule(
+    "a list of two numbers from 0, the least and the greatest",
+    {**list_of(number(0)).schema, "minItems": 2, "maxItems": 2},
+    lambda value: value[0] <= value[1],
+)
 RANGE = Rule(
     "a list of two numbers above 0, the least and the greatest",
     {**list_of(number(0, above=True)).schema, "minItems": 2, "maxItems": 2},
@@ -244,7 +249,8 @@ RULES: dict[str, Rule] = {
     "data.source.group": optional(either(text(), integer(1))),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
-    **below("data.augmentation", "crop_scale crop_ratio", RANGE),
+    "data.augmentation.crop_scale": SHARES,
+    "data.augmentation.crop_ratio": RANGE,
     **below("data.augmentation", "brightness contrast saturation", number(0)),
     "data.augmentation.hue": number(0, 0.5),
     **below("data.source", "val_fraction test_fraction", number(0, 1)),
