@@ -24,6 +24,7 @@ from waiting import alive, until
 
 from regrow.project import ROOT
 from regrow.record.records import read_json
+from regrow.sweep.schedule import Stop
 
 HERE = str(Path(__file__).parent)
 # Long enough to be stopped, after the first of seven checkpoints.
@@ -233,3 +234,18 @@ for sweep in sweeps:
     said = done.stdout.split()
     assert len(said) == len({*said}) == 20, done.stderr
     assert {tmp_path / name for name in said} == {*(tmp_path / "outputs/digits/sweeps").iterdir()}
+
+
+class Nowhere:
+    def send(self, number: int, only: object = None) -> None:
+        pass
+
+
+def test_a_signal_that_comes_again_after_the_last_job_ends_nothing() -> None:
+    stop = Stop(Nowhere())  # type: ignore[arg-type]
+    stop.note(signal.SIGINT)
+    with stop.echoes_ignored():
+        os.kill(os.getpid(), signal.SIGINT)
+    stop._noted -= 10  # the control: this one is another wish
+    with pytest.raises(KeyboardInterrupt), stop.echoes_ignored():
+        os.kill(os.getpid(), signal.SIGINT)

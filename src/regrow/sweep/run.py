@@ -165,7 +165,8 @@ def _run(
     place = local.Local(folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus))
     queue = schedule.Queue(todo)
     stop = schedule.run(folder, queue, place, show, fail_fast=options.fail_fast)
-    return conclude(sweep, stop.signals, len(entries))
+    with stop.echoes_ignored():
+        return conclude(sweep, stop.signals, len(entries))
 
 
 @dataclass
@@ -267,7 +268,8 @@ def search(
     introduce(folder, f"{total} trials", done, sweep.at_once, [likely] * total)
     show = Show(folder, total, done, sweep.at_once)
     stop = schedule.run(folder, trials, place, show, fail_fast=options.fail_fast)
-    code = conclude(sweep, stop.signals, total)
+    with stop.echoes_ignored():
+        code = conclude(sweep, stop.signals, total)
     if len(metrics) > 1:
         log.info("no trial beats these in all of %s:", ", ".join(metrics))
         for one in study.best_trials:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -67,11 +70,27 @@ class Stop:
 
         As for a run, the same signal within a second counts as the first: see `StopRequest`.
         """
-        if self.signals == [number] and time.monotonic() - self._noted < 1:
+        if self._is_echo(number):
             return
         self._noted = time.monotonic()
         self.signals.append(number)
         self.place.send(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
+
+    def _is_echo(self, number: int) -> bool:
+        return self.signals == [number] and time.monotonic() - self._noted < 1
+
+    @contextlib.contextmanager
+    def echoes_ignored(self) -> Iterator[None]:
+        """After the last job, ignore what `note` would, and let any other signal end the sweep."""
+
+        def end(number: int, frame: object) -> None:
+            if not self._is_echo(number):
+                is_ctrl_c = number == signal.SIGINT
+                signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+        with handled(STOPPING if self.signals else (), end):
+            yield
 
     def because_one_failed(self) -> None:
         if not self.wished:
