@@ -215,7 +215,7 @@ def regression(outputs: Tensor, targets: Tensor, num_outputs: int) -> None:
         raise UserError(
             f"task=regression needs outputs of shape (B, …, {num_outputs}), got "
             f"{_per_example(outputs, targets)}. Make data.num_outputs the number of values per "
-            "example, or 1 to measure all values alike."
+            "example; task.num_outputs=1 measures all values alike."
         )
 
 

@@ -322,8 +322,8 @@ class Segmentation:
 class Language:
     """The next of C tokens at each place: logits (B, T, C), targets (B, T) int64.
 
-    A target of -100, or of the loss's `ignore_index`, does not count. `vocabulary` is the record of
-    the data's, if it has one.
+    A target of -100 does not count, nor does the token that is the loss's `ignore_index`.
+    `vocabulary` is the record of the data's, if it has one.
     """
 
     kind = "language"

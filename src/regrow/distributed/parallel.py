@@ -363,7 +363,7 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
     # A frozen norm has its own `train`, which keeps it in evaluation mode. A new module would not.
     named = [*model.named_modules(remove_duplicate=False)]
-    frozen = {name: module for name, module in named if "train" in vars(module)}
+    frozen = {name: module for name, module in named if name and "train" in vars(module)}
     converted: nn.Module = convert(model)
     for name, module in frozen.items():
         converted.set_submodule(name, module)

@@ -33,7 +33,7 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
         return []
     rank = _rank(columns)
     names = [*dict.fromkeys(name for column in columns.values() for name in column)]
-    title = f"{of}, by {each(columns)}"
+    title = f"{of}, by {noun(columns)}"
     if len(names) > MOST:
         worst = [name for name in names if not math.isnan(columns[rank].get(name, math.nan))]
         if not worst:  # as of a set whose pixels are all ignored
@@ -97,13 +97,13 @@ def first_rows(rows: Sequence[Sequence[Any]], width: int) -> tuple[list[Sequence
     return [*rows[:most]], said
 
 
-def each(metrics: Collection[str]) -> str:
+def noun(metrics: Collection[str]) -> str:
     """Return the word for what has metrics of its own: a target of a regression, or a class."""
     return "target" if "r2" in metrics else "class"
 
 
 def _several(metrics: Collection[str]) -> str:
-    return {"target": "targets", "class": "classes"}[each(metrics)]
+    return {"target": "targets", "class": "classes"}[noun(metrics)]
 
 
 def _sign(rank: str) -> int:

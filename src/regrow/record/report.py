@@ -244,7 +244,7 @@ def _write(
         "older": _older_results(run),
         "per_class": [[_short(row[0]), *row[1:]] for row in shown],
         "lacks_classes": lacks_classes,
-        "each": by_class.each(names),
+        "noun": by_class.noun(names),
         "values": _file_of_values(run, path),
         "figures": _figures(run),
         "not_drawn": _not_drawn(run),

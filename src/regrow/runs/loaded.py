@@ -106,7 +106,7 @@ class LoadedRun:
         refuse_remote(self.folder, where, self.config, self.typed)
         check_ranges({"data": self.config["data"]})
         allow({"data": self.config["data"]})
-        data = _made(without_gone(self.config["data"], self.folder), self.config["seed"])
+        data = _data_of(without_gone(self.config["data"], self.folder), self.config["seed"])
         for note in data.notes:
             log.warning("%s", note)
         if self.recorded is not None:
@@ -486,13 +486,13 @@ def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> 
         refuse_remote(folder, where, config, typed)
         allow({"data": config["data"]})
         node = without_gone(config["data"], folder, tells=False)  # a later use of the data tells
-        names: list[str] | None = _made(node, config["seed"]).class_names
+        names: list[str] | None = _data_of(node, config["seed"]).class_names
     except UserError:
         return None  # the data is missing or another's: classes go by their numbers
     return names
 
 
-def _made(node: Any, seed: int) -> Any:
+def _data_of(node: Any, seed: int) -> Any:
     """Return the data of a node, as the run made it. Leaves the global generators as they are."""
     with states_kept():
         seed_data(seed)

@@ -173,7 +173,7 @@ def _labels(row: Mapping[str, str]) -> list[str]:
 
 
 def kind_of(task: Any) -> str:
-    """Return a task's `kind`; of a user's own that has none, the name of its class."""
+    """Return a task's `kind`, or the name of its class if it has none."""
     return str(getattr(task, "kind", type(task).__name__))
 
 
