@@ -15,9 +15,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from regrow.config.yaml_files import redact_yaml
 from regrow.record import diff, manifest
 from regrow.record.records import read_json, write_json
-from regrow.record.redact import redact, redact_all, redact_yaml
+from regrow.record.redact import redact, redact_all
 
 TOKENS = {
     "in the environment": "s3cr3t-from-the-environment",

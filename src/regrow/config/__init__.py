@@ -40,7 +40,7 @@ started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_s
 target_docs: said_by_target
 targets: allow, call_failed, instantiate, locate, named_packages, note_typed, place_in, SHOWS_ALL,
     typed_below
-yaml_files: plain_value, read_yaml, readable
+yaml_files: plain_value, read_yaml, readable, redact_yaml
 yaml_keys: head_of
 """
 

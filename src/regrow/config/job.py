@@ -17,8 +17,9 @@ from regrow.config import flags, registered
 from regrow.config.command_line import key_of, quoted
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.recorded import ELSEWHERE, is_of_the_launcher, overrides_in
+from regrow.config.yaml_files import redact_yaml
 from regrow.dotted import Checked, Config
-from regrow.record.redact import redact_all, redact_yaml
+from regrow.record.redact import redact_all
 
 
 @dataclass(frozen=True)

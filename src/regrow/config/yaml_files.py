@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from regrow.project import CONF, ROOT
+from regrow.record.redact import redact, redact_all
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -63,3 +64,19 @@ def plain_value(text: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     with path.open(encoding="utf-8") as file:
         return yaml.load(file, Loader=_Loader) or {}
+
+
+def redact_yaml(text: str) -> str:
+    """Return the text of a YAML file redacted: under a secret key, the whole value.
+
+    In a text alone, a value without quotes ends at its first space or sign.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        content = plain_value(text)
+        masked = redact_all(content)
+        return text if masked == content else OmegaConf.to_yaml(OmegaConf.create(masked))
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError):  # such as a tag for an object
+        return redact(text)

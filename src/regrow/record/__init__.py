@@ -26,7 +26,7 @@ plots
 records: as_json, by_set, create, link_latest, linked_latest, load_status, load_summary, Lock,
     METRICS, NOT_SETS, read_json, refuse_links, remove_start, remove_unused, set_status, set_step,
     sets_of, SUMMARY, sync_folder, unlink_latest, whole_lines, write_json, write_text
-redact: MASK, redact, redact_all, redact_yaml
+redact: MASK, redact, redact_all
 report: draw, find_runs, is_run, load, Run
 side_by_side: write_page
 """

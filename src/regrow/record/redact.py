@@ -79,26 +79,6 @@ def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
     return redact(value, secrets) if isinstance(value, str) else value
 
 
-def redact_yaml(text: str) -> str:
-    """Return the text of a YAML file redacted: under a secret key, the whole value.
-
-    In a text alone, a value without quotes ends at its first space or sign.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        content = yaml.load(text, Loader=loader)
-        if redact_all(content) == content:
-            return text
-        values = OmegaConf.to_container(OmegaConf.create(text))  # it reads 1e-3 as a number
-        return OmegaConf.to_yaml(OmegaConf.create(redact_all(values)))
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError):  # such as a tag for an object
-        return redact(text)
-
-
 def _is_secret(key: str, value: Any) -> bool:
     if isinstance(value, str):
         return is_secret_name(key) and not _NO_SECRET.fullmatch(value)

@@ -23,6 +23,7 @@ from regrow.config.job import Job, as_recorded
 from regrow.config.origins import located_in
 from regrow.config.recorded import ELSEWHERE
 from regrow.config.targets import allow, note_typed
+from regrow.config.yaml_files import redact_yaml
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import (
     DataError,
@@ -40,7 +41,7 @@ from regrow.processes.signals import before_the_run
 from regrow.project import ROOT
 from regrow.protocols import Objects
 from regrow.record import manifest, names, ownership, records
-from regrow.record.redact import redact_all, redact_yaml
+from regrow.record.redact import redact_all
 from regrow.runs import fault_checks, machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import early_lines, log_file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -85,9 +84,7 @@ class Stop:
 
         def end(number: int, frame: object) -> None:
             if not self._is_echo(number):
-                is_ctrl_c = number == signal.SIGINT
-                signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
         with handled(STOPPING if self.signals else (), end):
             yield
