@@ -159,7 +159,7 @@ def test_a_source_that_draws_gives_the_examples_of_the_run(
     build(config_of(*TINY), CPU)
     loaded, state = load_run(run), torch.get_rng_state()
     loaded.data.close()
-    assert torch.equal(torch.get_rng_state(), state)  # a notebook's own draws go on as before
+    assert torch.equal(torch.get_rng_state(), state)  # a notebook's own draws are not affected
     build(config_of(*TINY, "seed=1"), CPU)
     *same, other = drawn
     assert same == [same[0]] * len(same) and other != same[0]

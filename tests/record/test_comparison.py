@@ -102,7 +102,7 @@ def test_a_run_without_a_monitor_is_compared_by_its_last_weights_or_named() -> N
     found = comparison.compare(rows)
     assert [setting.label for setting in found.settings] == ["lr=2", "lr=3", "lr=1"]
     assert found.left_out == [rows[3]]
-    assert comparison.compare(rows[3:]).left_out == []  # there is no metric to compare by
+    assert comparison.compare(rows[3:]).left_out == []  # without a metric, nothing lacks it
 
 
 def test_a_setting_is_one_however_it_was_typed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,16 @@ from regrow.errors import DataError, UserError, listed
 from regrow.feeding.feeds import out_of_range, outside
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.mixing import Mix, refuse_integers
-from regrow.feeding.preprocess import Normalizer, Preprocessing
+from regrow.feeding.preprocess import NUM_SAMPLED, Normalizer, Preprocessing
 from regrow.feeding.sampling import Windows
 from regrow.feeding.splits import Examples, Split, Splits
 from regrow.feeding.streams import Stream
 from regrow.project import lab_name
 
+log = logging.getLogger("regrow.data")
+
 OF_CLASSES = ("multiclass", "segmentation", "language")  # their targets are indices
+FLATTENED = 0.05  # a feature of a deviation below this, where models expect 1
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,42 @@ class DataChecks:
                 "has no negative value, and its values sum to one. For 0 and 1 per label use "
                 "task=multilabel, for real values task=regression."
             )
+
+    def warn_of_borders(self, augmentation: Any) -> None:
+        """Warn of masks in memory whose augmentation lets in a border of class 0."""
+        pads = getattr(augmentation, "padding_mode", None) == "constant"
+        pad = getattr(augmentation, "pad", None)
+        if self.target_kind == "segmentation" and self.ignore_index is None and pads and pad:
+            log.warning(
+                "data.augmentation.pad=%s: what comes in from outside is class 0, as no class is "
+                "ignored. To leave it out: loss.ignore_index=255, "
+                "data.augmentation.padding_mode=reflect or data.augmentation.pad=0",
+                pad,
+            )
+
+    def warn_of_mixed_features(self, how: Preprocessing) -> None:
+        """Warn of series (time, features) whose small features the normalisation flattens.
+
+        `how` has statistics of each place in the first dimension, which is that of channels.
+        """
+        train = self.source.train
+        if not isinstance(train, Examples) or how.kind != "table" or train.inputs.ndim != 3:
+            return
+        first, last = train.inputs.shape[1:]
+        if 4 * last > first:  # more likely (channels, time), or an image
+            return
+        some = train.inputs[:: -(-len(train) // NUM_SAMPLED)]
+        spread = Normalizer(how).features(some).std(0, correction=0).amax(0)  # (features,)
+        spread = spread[spread > 0]  # not of constants
+        if len(spread) < 2 or float(spread.amin()) > FLATTENED:
+            return
+        log.warning(
+            "data.normalize=train: of inputs [%d, %d] it takes the first dimension for channels. "
+            "Columns of the last one then have standard deviations of %.2g to %.2g, and the model "
+            "hardly sees the smallest. If they are features, normalise them in data.source and set "
+            "data.normalize=none, or give inputs [features, time].",
+            *(first, last, float(spread.amin()), float(spread.amax())),
+        )
 
 
 def order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:

@@ -54,7 +54,6 @@ from regrow.record.pictures import by_range
 log = logging.getLogger("regrow.data")
 
 Feed = MemoryFeed | FileFeed | TokenFeed
-FLATTENED = 0.05  # a feature of a deviation below this, where models expect 1
 
 
 class TrainLoader:
@@ -329,9 +328,9 @@ class Data:
                 f"data.batch_size={self.batch_size} is more than the {count} training examples, "
                 f"and data.drop_last=true drops them all. Lower one or set the other to false."
             )
-        self._warn_of_borders()
+        self._checks().warn_of_borders(self.augmentation)
         if self._standardises:
-            self._warn_of_mixed_features()
+            self._checks().warn_of_mixed_features(self.preprocessing)
         rotates = self.augment and isinstance(self.source.train, Tokens)
         changed = rotates or self.augmentation is not None or bool(self.transforms)
         feed = self._feed("train", changed, device)
@@ -667,42 +666,6 @@ class Data:
                     "it. Set %s, which standardises in float64.",
                     *(what, lost, way_out),
                 )
-
-    def _warn_of_borders(self) -> None:
-        """Warn of masks in memory whose augmentation lets in a border of class 0."""
-        pads = getattr(self.augmentation, "padding_mode", None) == "constant"
-        pad = getattr(self.augmentation, "pad", None)
-        if self.target_kind == "segmentation" and self.ignore_index is None and pads and pad:
-            log.warning(
-                "data.augmentation.pad=%s: what comes in from outside is class 0, as no class is "
-                "ignored. To leave it out: loss.ignore_index=255, "
-                "data.augmentation.padding_mode=reflect or data.augmentation.pad=0",
-                pad,
-            )
-
-    def _warn_of_mixed_features(self) -> None:
-        """Warn of series (time, features) whose small features the normalisation flattens.
-
-        Statistics are those of each place in the first dimension, as of channels.
-        """
-        train, how = self.source.train, self.preprocessing
-        if not isinstance(train, Examples) or how.kind != "table" or train.inputs.ndim != 3:
-            return
-        first, last = train.inputs.shape[1:]
-        if 4 * last > first:  # more likely (channels, time), or an image
-            return
-        some = train.inputs[:: -(-len(train) // NUM_SAMPLED)]
-        spread = Normalizer(how).features(some).std(0, correction=0).amax(0)  # (features,)
-        spread = spread[spread > 0]  # not of constants
-        if len(spread) < 2 or float(spread.amin()) > FLATTENED:
-            return
-        log.warning(
-            "data.normalize=train: of inputs [%d, %d] it takes the first dimension for channels. "
-            "Columns of the last one then have standard deviations of %.2g to %.2g, and the model "
-            "hardly sees the smallest. If they are features, normalise them in data.source and set "
-            "data.normalize=none, or give inputs [features, time].",
-            *(first, last, float(spread.amin()), float(spread.amax())),
-        )
 
     def _checks(self) -> DataChecks:
         return DataChecks(

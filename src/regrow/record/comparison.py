@@ -215,7 +215,7 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
         same = [one for one in its if row.seed is not None and one.repeat == row.repeat]
         if not same:  # each counts once
             its.append(row)
-        elif values[row.job] != values[same[0].job]:  # as of other code, or other first weights
+        elif values[row.job] != values[same[0].job]:  # from other code or other first weights
             repeated.append(row)
     sign = 1 if mode == "max" else -1
 
