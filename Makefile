@@ -44,7 +44,7 @@ extras: setup ## install the packages of all extras, as requirements-extras.lock
 
 # >>> template only
 .PHONY: mutate test-next-hydra bench bench-gpu peers reference site workflows
-mutate: setup ## break each promise on purpose, in a copy, and check that its tests fail
+mutate: extras ## break each promise on purpose, in a copy, and check that its tests fail
 	@$(PY) tests/mutate.py $(ARGS)
 
 test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra below 1.5, including release candidates

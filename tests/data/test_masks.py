@@ -301,7 +301,7 @@ def test_names_and_values_of_other_tools(make_data: Make, tmp_path: Path) -> Non
     named = ("source.images_in=imgs", "source.masks_in=labels", "source.mask_suffix=_mask")
     binary = (*FILES, *named, "num_classes=2", f"root={tmp_path}", "ignore_index=255")
     noted = make_data("mask_folder", *binary)
-    assert "set data.source.mask_values=[0,255]" in noted.notes[0]
+    assert "set 'data.source.mask_values=[0,255]'" in noted.notes[0]
     data = make_data("mask_folder", *binary, "source.mask_values=[0,255]")
     assert not data.notes
     found = torch.cat([batch.targets for batch in data.evaluation("train", device=CPU)])

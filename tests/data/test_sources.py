@@ -208,7 +208,7 @@ def test_large_sets_are_normalised_by_the_batch_with_the_same_bits(
         ("num_workers=-1", "data.num_workers=-1"),
         ("num_classes=9", "out of range for data.num_classes=9"),
         ("num_outputs=9", "data.num_outputs=9"),
-        ("input_shape=[1,9,9]", "Set data.input_shape=[1,8,8]"),
+        ("input_shape=[1,9,9]", "Set 'data.input_shape=[1,8,8]'"),
         ("class_names=[a,b]", "data.class_names has 2 names for data.num_classes=10"),
         ("target_kind=ranking", "data.target_kind=ranking must be one of"),
         ("overlap=perhaps", "data.overlap=perhaps must be one of"),

@@ -141,7 +141,7 @@ def test_a_target_out_of_range_is_named(
     ("overrides", "message"),
     [
         ([CROP], "does not fit float64"),
-        (["input_shape=[4]"], "shape [2]: the columns x, y. Set data.input_shape=[2]"),
+        (["input_shape=[4]"], "shape [2]: the columns x, y. Set 'data.input_shape=[2]'"),
         (["num_classes=4"], "3 classes were found in column 'kind'"),
         (["num_outputs=5"], "data.num_outputs=5, but multiclass"),
         (["source.feature_columns=[x,z]"], "has no column 'z'; it has x, y, kind"),

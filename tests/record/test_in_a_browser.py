@@ -207,6 +207,18 @@ def test_a_click_on_the_head_of_a_column_sorts_its_numbers(tab: Tab, hundred: Pa
     assert falling == sorted(falling, reverse=True) != rising
 
 
+def test_a_run_without_a_value_comes_last_in_both_directions(tab: Tab, tmp_path: Path) -> None:
+    for index, speed in enumerate((3, 9, 5)):
+        make_run(tmp_path / str(index), speed=speed)
+    make_run(tmp_path / "3", epochs=0, state="failed")
+    runs = [report.load(it) for it in report.find_runs(tmp_path)]
+    found = comparison.compare(comparison.rows_of(runs))
+    tab.open(side_by_side.write_page(found, tmp_path / "comparison.html"))
+    for reverse in (False, True):
+        *values, last = ask(tab, "sortedBy('val/accuracy')")
+        assert values == sorted(values, reverse=reverse) and last is None
+
+
 def test_both_colour_schemes_are_readable(tab: Tab, run: Path) -> None:
     cards = []
     for scheme in ("light", "dark"):

@@ -89,7 +89,7 @@ GROUPS = (
 RECIPES = ("experiment", "debug", "local")
 # How to choose no option of a group.
 NONE = {
-    "logger": "For none beside metrics.jsonl, which is always written: logger=[]",
+    "logger": "For none beside metrics.jsonl, which is always written: 'logger=[]'",
     "scheduler": "For a learning rate that stays: scheduler=constant",
     "launcher": "For a run in this terminal: launcher=local",
 }

@@ -109,13 +109,13 @@ class DataChecks:
             if not hasattr(train, "augmented"):
                 raise UserError(
                     f"{key} does not reach into a data set of your own. Transform there, and set "
-                    "data.transforms=[]."
+                    "'data.transforms=[]'."
                 )
         elif train.inputs.dtype != torch.uint8 or train.inputs.ndim != 4:
             kind = str(train.inputs.dtype).removeprefix("torch.")
             raise UserError(
                 f"{key} does not fit {kind} inputs of shape {self.input_shape} in memory, since "
-                "it takes uint8 images. Use data.augmentation=null and data.transforms=[]."
+                "it takes uint8 images. Use data.augmentation=null and 'data.transforms=[]'."
             )
         for transform in transforms:
             if type(transform).__name__ == "RandomErasing" and transform.value is None:
@@ -157,7 +157,7 @@ class DataChecks:
             what = f": the columns {listed(columns)}" if columns else ""
             raise UserError(
                 f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
-                f"{found}{what}. Set data.input_shape=[{','.join(map(str, found))}]."
+                f"{found}{what}. Set 'data.input_shape=[{','.join(map(str, found))}]'."
             )
         if len(split.targets) != len(split.inputs):
             raise DataError(

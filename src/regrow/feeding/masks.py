@@ -366,7 +366,7 @@ def _note_of_values(train: MaskFiles) -> str:
         return ""
     return (
         f"the first masks hold 0 and {train.ignore_index} alone, and {train.ignore_index} is "
-        f"ignored. If it is a class, set data.source.mask_values=[0,{train.ignore_index}]"
+        f"ignored. If it is a class, set 'data.source.mask_values=[0,{train.ignore_index}]'"
     )
 
 

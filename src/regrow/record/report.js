@@ -349,7 +349,8 @@ for (const head of document.querySelectorAll(".sorts thead th")) {
       return Number.isNaN(number) ? text : number;
     };
     const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
-    rows.sort(([a], [b]) => up * (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1));
+    // Text in a column of numbers ("–") comes last in both directions.
+    rows.sort(([a], [b]) => (typeof a !== typeof b ? (typeof a === "number" ? -1 : 1) : up * (a < b ? -1 : a > b ? 1 : 0)));
     table.tBodies[0].append(...rows.map(([, row]) => row));
   });
 }

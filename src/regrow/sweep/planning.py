@@ -107,7 +107,7 @@ def sets_of(options: Sets) -> list[list[str]]:
             )
         sets.append(paths_as_typed(each, multirun=False))
     if not sets:
-        raise UserError("sweep=list: there is no set. Give sweep.sets=[…] or sweep.file=….")
+        raise UserError("sweep=list: there is no set. Give 'sweep.sets=[…]' or sweep.file=….")
     return sets
 
 
