@@ -22,6 +22,7 @@ from lab.progress import (
     clock,
     histograms,
     progress_bar,
+    running_score,
     tell_of_another_rate,
 )
 from lab.schedules import Plateau, improves
@@ -57,7 +58,7 @@ def fit(state: TrainState, plan: LoopPlan) -> str:
                     state.progress.step += 1
                     state.progress.seconds += plan.step.exchange.seconds
                     plan.meter.add(batch.num_global, plan.step.exchange.seconds)
-                    advance(bar, state.sums, plan.task.running_name)
+                    advance(bar, state.sums, running_score(result, plan))
                     report(state, result, plan)
                     if not result.skipped.is_known:  # the optimizer then has a state
                         plan.checkpoints.make_room(state.state_dict)
@@ -81,7 +82,7 @@ def report(state: TrainState, result: StepResult, plan: LoopPlan) -> None:
     """Log what is due after a step: metrics of the step and of the epoch, and histograms."""
     options, progress, step = plan.options, state.progress, state.step
     if due(step, options.log_every_steps):
-        means = result.totals.means(plan.task.running_name)
+        means = result.totals.means(running_score(result, plan))
         line = {f"train/{name}": value for name, value in means.items()}
         line["train/grad_norm"] = float(result.grad_norm)
         line |= {f"train/{name}": lr for name, lr in optim.rates(state.optimizer).items()}
@@ -100,7 +101,7 @@ def report(state: TrainState, result: StepResult, plan: LoopPlan) -> None:
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:
         tell_of_empty_epoch(state, plan)
-        means = state.sums.means(plan.task.running_name)
+        means = state.sums.means(running_score(result, plan))
         progress.train_means = {f"train/epoch_{name}": value for name, value in means.items()}
         plan.record.log(step, state.epoch, progress.train_means)
         state.sums.clear_()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lab import optim
-from lab.plan import LoopPlan
+from lab.plan import LoopPlan, StepResult
 from lab.schedules import Stateful
 from lab.several import by_name
 from lab.state import TrainState
@@ -85,6 +85,11 @@ def evaluation_bar(name: str | None, batches: EvalBatches) -> Any:
     if name is None or not sys.stderr.isatty():
         return QUIET
     return tqdm(total=len(batches), desc=name, unit="batch", leave=False)
+
+
+def running_score(result: StepResult, plan: LoopPlan) -> str | None:
+    """Return the name of the score that the training logs; None if the step computes none."""
+    return plan.task.running_name if result.totals.scored else None
 
 
 def advance(bar: Any, totals: Totals, score_name: str | None) -> None:

@@ -147,6 +147,14 @@ def sound_step(state: Any, batch: Any, plan: Any) -> Any:
     return _step(state, batch, plan, lambda state: None)
 
 
+def scoreless_step(state: Any, batch: Any, plan: Any) -> Any:
+    def forward(batch: Any, plan: Any) -> Any:
+        loss = plan.task.loss(plan.forward(batch.inputs), batch.targets, batch.weights)
+        return loss.values, Totals.of(loss.values.detach(), None, {}, None, batch.num_local)
+
+    return _step(state, batch, plan, lambda state: None, forward)
+
+
 def autograd_step(state: Any, batch: Any, plan: Any) -> Any:
     """A step that asks for gradients in place of calling backward."""
     plan.buffers.remember()

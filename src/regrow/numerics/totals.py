@@ -31,6 +31,7 @@ class Totals(NamedTuple):
     components: tuple[str, ...] = ()  # the names of the loss's parts
     weighted: bool = False  # True if a weight may differ from one
     dtype: torch.dtype = torch.float32  # in which processes exchange the values
+    scored: bool = True  # False if a step computes no score
 
     @classmethod
     def of(
@@ -43,7 +44,7 @@ class Totals(NamedTuple):
     ) -> Totals:
         """Return a micro-batch's: of weighted losses, their weights and parts, each (B, …).
 
-        The score is (B,).
+        The score is (B,), or None if the step computes none.
         """
         dtype = losses.dtype
         parts: list[Tensor | float] = [
@@ -60,7 +61,8 @@ class Totals(NamedTuple):
             values = [float(part) for part in parts]
         else:
             values = torch.stack([scalar(part, like=losses) for part in parts])
-        return cls(values, tuple(components), weights is not None, dtype)
+        scored = score is not None or num_examples == 0
+        return cls(values, tuple(components), weights is not None, dtype, scored)
 
     @classmethod
     def zero(cls, device: torch.device) -> Totals:
@@ -94,7 +96,8 @@ class Totals(NamedTuple):
             values: Tensor | list[float] = [a + b for a, b in pairs]
         else:
             values = self.values + torch.as_tensor(more.values)
-        return self._replace(values=values, weighted=self.weighted or more.weighted)
+        weighted, scored = self.weighted or more.weighted, self.scored and more.scored
+        return self._replace(values=values, weighted=weighted, scored=scored)
 
     def joined(self, other: Totals) -> Totals:
         """Return the totals of two losses of one step: their losses add up, the examples do not.
