@@ -186,17 +186,17 @@ class Mine:
 def test_no_part_of_a_secret_with_spaces_or_quotes_is_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = {"token": "'abc&planted x'", "password": "'it: is #planted'",
-              "passphrase": "correct planted battery", "secret": '"it\'s planted"'}  # fmt: skip
+    values = {"token": "'abc&sesame x'", "password": "'it: is #sesame'",
+              "passphrase": "correct sesame battery", "secret": '"it\'s sesame"'}  # fmt: skip
     secrets = [f"+logger.mine.{key}={value}" for key, value in values.items()]
     for epochs in (1, 2):
         launched("hydra.run.dir=mine", f"trainer.max_epochs={epochs}",
                  f"+logger.mine._target_={__name__}.Mine", *secrets)  # fmt: skip
     told = capsys.readouterr()
-    assert "planted" not in told.out + told.err
+    assert "sesame" not in told.out + told.err
     written = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
     for path in written:  # but for this test, which a diff may hold
-        assert path.suffix == ".diff" or b"planted" not in path.read_bytes(), path
+        assert path.suffix == ".diff" or b"sesame" not in path.read_bytes(), path
     assert read_json(tmp_path / "mine" / "status.json")["state"] == "completed"
 
 
