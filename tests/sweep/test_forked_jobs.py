@@ -5,6 +5,7 @@ test_failures and test_sweep do the same with the real command, its copy's Pytho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -132,14 +133,27 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
+def below(pid: int) -> list[int]:
+    """Return the processes that a process and its descendants have started."""
+    children = children_of(pid)
+    return [*children, *(it for child in children for it in below(child))]
+
+
+def ranks_below(pid: int) -> list[int]:
+    found = []
+    for each in below(pid):
+        with contextlib.suppress(OSError):
+            if b"regrow.runs.child" in Path(f"/proc/{each}/cmdline").read_bytes():
+                found.append(each)
+    return found
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
 def test_a_killed_job_takes_the_ranks_with_it_that_it_has_just_started(tmp_path: Path) -> None:
     """They are two Pythons that import. Processes that a sweep and its jobs forked end too."""
     process = begin(tmp_path, *TWO, "trainer=ddp", "trainer.devices=2")
-    until(lambda: any(len(children_of(job)) == 2 for job in children_of(process.pid)))
-    jobs = children_of(process.pid)
-    family = [*jobs, *(rank for job in jobs for rank in children_of(job))]
-    assert len(family) >= 3
+    until(lambda: len(ranks_below(process.pid)) >= 2)
+    family = below(process.pid)
     process.kill()
     process.wait()
     until(lambda: not any(alive(pid) for pid in family), seconds=5)
