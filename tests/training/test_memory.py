@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
 from regrow.errors import UserError
 from regrow.numerics import calls
+from regrow.numerics.capture import Eager
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import training
 
@@ -82,6 +84,25 @@ def test_no_room_for_an_update_or_an_evaluation_is_one_line(
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
     with pytest.raises(UserError, match=r"update of step 1 ran out of memory\. Use an optimizer"):
         train(tmp_path / "update", *TINY)
+
+
+def test_an_evaluation_without_room_frees_the_graphs_of_steps_and_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (*TINY, "data.eval_batch_size=6", "model.dropout=0.2")
+    train(tmp_path / "roomy", *run)
+    call, calls_made, released = evaluate.call, itertools.count(), []
+
+    def crowded(*given: Any) -> Any:
+        if next(calls_made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return call(*given)
+
+    monkeypatch.setattr(evaluate, "call", crowded)
+    monkeypatch.setattr(Eager, "release", lambda self: released.append(self) is None)
+    train(tmp_path / "crowded", *run)
+    assert len(released) == 1
+    assert fingerprint(tmp_path / "crowded") == fingerprint(tmp_path / "roomy")
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
