@@ -20,7 +20,7 @@ from regrow.errors import UserError
 from regrow.numerics import calls
 from regrow.numerics.capture import Eager
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training
+from regrow.runs import model_checks, training
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -164,6 +164,28 @@ def checked(*overrides: str) -> None:
     check_first_batch(objects, CPU)
     after = list(objects.state.model.buffers())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_first_batch_whose_graph_has_no_room_is_checked_in_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An evaluation keeps no graph, so its batch may be larger than the check can take."""
+    sizes = []
+
+    def crowded(model: nn.Module, inputs: Tensor) -> Any:
+        sizes.append(len(inputs))
+        next(model.buffers()).add_(1)  # as far as a forward pass has come
+        if len(inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return calls.call(model, inputs)
+
+    monkeypatch.setattr(model_checks, "call", crowded)
+    most = 6
+    checked(*TINY, "model.norm=batch")
+    assert sizes[:3] == [20, 10, 5]
+    most = 0
+    with pytest.raises(UserError, match=r"check_first_batch: out of memory with one example\."):
+        checked(*TINY, "model.norm=batch")
 
 
 def test_any_other_error_is_not_taken_for_a_lack_of_memory() -> None:
