@@ -166,6 +166,15 @@ def checked(*overrides: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_no_room_for_the_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(nn.Module, "to", full)
+    with pytest.raises(UserError, match=r"trainer\.device=cpu: cpu has no room for the model"):
+        training.build(config_of(*TINY), CPU)
+
+
 def test_a_first_batch_whose_graph_has_no_room_is_checked_in_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
