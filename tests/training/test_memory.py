@@ -16,7 +16,7 @@ from lab import evaluate, step
 from lab.build import check_first_batch
 from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
-from regrow.errors import UserError
+from regrow.errors import UserError, machine_fault
 from regrow.numerics import calls
 from regrow.numerics.capture import Eager
 from regrow.processes.interrupt import StopRequest
@@ -72,15 +72,23 @@ def trained(room: int, *, slices: int = 1, **options: Any) -> tuple[Bench, list[
     return bench, [bench.step(batch) for batch in batches()]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_no_room_for_an_update_or_an_evaluation_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(evaluate, "measure", full)
-    with pytest.raises(UserError, match=r"an evaluation ran out .* data\.eval_batch_size"):
+    with pytest.raises(UserError, match=r"an evaluation ran out .* data\.eval_batch_size") as told:
         train(tmp_path / "evaluation", *TINY)
+    assert machine_fault(told.value) is None  # which the run would tell in its place
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
     with pytest.raises(UserError, match=r"update of step 1 ran out of memory\. Use an optimizer"):
         train(tmp_path / "update", *TINY)
