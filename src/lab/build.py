@@ -301,7 +301,11 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     averaged = state.evaluated if state.averaged is not None else None
     before = model_checks.described(model)
     first = first_batch(objects.train, objects.sets)
-    odd = model_checks.check_first_batch(model, objects.task, first, options.precision)
+    what = (model, objects.task, first, options.precision)
+    if world.mesh is None:
+        first, odd = model_checks.check_what_fits(*what)
+    else:  # all processes must make as many forward passes
+        odd = model_checks.check_first_batch(*what)
     if world.is_main and not options.find_faults:  # else the watched steps tell
         for line in odd:
             log.warning("%s", line)

@@ -14,7 +14,7 @@ from lab.progress import advance, evaluation_bar
 from lab.state import TrainState
 from regrow.distributed import sharding
 from regrow.distributed.parallel import World, stopping_together
-from regrow.numerics.calls import call, say_if_out_of_memory
+from regrow.numerics.calls import call, is_out_of_memory, say_if_out_of_memory
 from regrow.numerics.precision import autocast
 from regrow.numerics.totals import (
     COUNTED,
@@ -47,12 +47,18 @@ def evaluate(
     what = (state.evaluated, plan.task, batches, plan.world, plan.options.precision, draws)
     with optim.evaluating(state.optimizer, state.model), states_kept():
         try:
-            values, details = measure_split(*what, stop=plan.stop, bar=bar, shows=False)
-        except RuntimeError as error:
-            say_if_out_of_memory(error, "an evaluation", "Use a smaller data.eval_batch_size.")
-            raise
+            measured = None
+            while measured is None:  # a second time if captured steps held the memory
+                try:
+                    measured = measure_split(*what, stop=plan.stop, bar=bar, shows=False)
+                except RuntimeError as error:
+                    if not (is_out_of_memory(error) and plan.step.capture.release()):
+                        way_out = "Use a smaller data.eval_batch_size."
+                        say_if_out_of_memory(error, "an evaluation", way_out)
+                        raise
         finally:
             state.model.train()
+    values, details = measured
     return {f"{name}/{key}": value for key, value in values.items()}, details
 
 

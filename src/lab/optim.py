@@ -145,12 +145,16 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
         if _is_on_device(fresh["lr"]):
             group["lr"] = fresh["lr"].fill_(lr)
     # Checkpoints hold contiguous tensors, but fused kernels walk memory in the parameter's order.
+    # torch leaves Adam's step on the host if the checkpoint was written without these kernels.
     for part in getattr(optimizer, "parts", [optimizer]):
+        on_device = any(g.get("fused") or g.get("capturable") for g in part.param_groups)
         for parameter, moments in part.state.items():
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     layout = torch.empty_like(parameter, dtype=value.dtype)
                     moments[name] = layout.copy_(sharding.part_like(value, parameter))
+                elif name == "step" and on_device and isinstance(value, Tensor):
+                    moments[name] = value.to(parameter.device)
 
 
 def _refuse_without_moments(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lab import faults, optim
 from lab.build import capture_of
+from lab.tasks import losses
 from lab.tasks.losses import CrossEntropy
 from lab.tasks.tasks import Multiclass
 from regrow.distributed.parallel import World
@@ -465,6 +466,16 @@ def test_a_constant_that_a_graph_may_read_keeps_its_memory() -> None:
     for number in range(1000):  # as batches of many sizes need, while a graph replays another one
         scalar(1 / (1 + number), like)
     assert scalar(7.0, like) is first
+
+
+def test_weights_of_classes_that_a_graph_may_read_keep_their_memory() -> None:
+    of = (torch.float32, torch.device("cpu"))
+    first = losses._constant((7.0, 1.0), *of), losses._smoothed_rows(3, 0.7, *of)
+    for number in range(40):  # as a task of many heads needs
+        losses._constant((float(number), 1.0), *of)
+        losses._smoothed_rows(2 + number, 0.1, *of)
+    assert losses._constant((7.0, 1.0), *of) is first[0]
+    assert losses._smoothed_rows(3, 0.7, *of) is first[1]
 
 
 class Counting(optim.MuonWithAdamW):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +514,44 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -
     go_on.set()
     saver.wait()
     assert writer.load(tmp_path / "step_00000002")[0]["model"]["weight"].tolist() == [0.0] * 4
+
+
+@pytest.fixture
+def no_garbage_is_collected() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_is_collected")
+def test_a_save_keeps_none_of_the_tensors_that_it_copied(tmp_path: Path) -> None:
+    """Some are copies made for it, such as a schedule-free optimizer's weights, on the device."""
+    saver = CheckpointWriter(tmp_path, OPTIONS, "max")
+    facts = CheckpointFacts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=0)
+    weights = torch.zeros(4)
+    uses = torch._C._storage_Use_Count(weights.untyped_storage()._cdata)
+    saver.make_room(lambda: {"model": {"weights": weights}})
+    saver.save({"model": {"weights": weights}}, facts, lambda position: None)
+    assert saver.wait()
+    assert torch._C._storage_Use_Count(weights.untyped_storage()._cdata) == uses
+
+
+@pytest.mark.usefixtures("no_garbage_is_collected")
+def test_a_resume_keeps_none_of_the_sharded_tensors_that_it_read(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    from regrow.checkpoint import sharded
+
+    monkeypatch.setattr(
+        sharded, "read", lambda folder, empty, mesh: {name: torch.ones(4) for name in empty}
+    )
+    marked = {"optimizer": {"state": [torch.empty(4, device="meta"), torch.zeros(2)]}}
+    parts = writer.fill(marked, tmp_path)
+    found, kept = parts["optimizer"]["state"]
+    assert torch.equal(found, torch.ones(4)) and torch.equal(kept, torch.zeros(2))
+    last = weakref.ref(found)
+    del found, parts
+    assert last() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of one thread")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from lab import evaluate, step
 from lab.build import check_first_batch
 from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
-from regrow.errors import UserError
+from regrow.errors import UserError, machine_fault
 from regrow.numerics import calls
+from regrow.numerics.capture import Eager
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training
+from regrow.runs import model_checks, training
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -70,18 +72,45 @@ def trained(room: int, *, slices: int = 1, **options: Any) -> tuple[Bench, list[
     return bench, [bench.step(batch) for batch in batches()]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_no_room_for_an_update_or_an_evaluation_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(evaluate, "measure", full)
-    with pytest.raises(UserError, match=r"an evaluation ran out .* data\.eval_batch_size"):
+    with pytest.raises(UserError, match=r"an evaluation ran out .* data\.eval_batch_size") as told:
         train(tmp_path / "evaluation", *TINY)
+    assert machine_fault(told.value) is None  # which the run would tell in its place
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
     with pytest.raises(UserError, match=r"update of step 1 ran out of memory\. Use an optimizer"):
         train(tmp_path / "update", *TINY)
+
+
+def test_an_evaluation_without_room_frees_the_graphs_of_steps_and_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (*TINY, "data.eval_batch_size=6", "model.dropout=0.2")
+    train(tmp_path / "roomy", *run)
+    call, calls_made, released = evaluate.call, itertools.count(), []
+
+    def crowded(*given: Any) -> Any:
+        if next(calls_made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return call(*given)
+
+    monkeypatch.setattr(evaluate, "call", crowded)
+    monkeypatch.setattr(Eager, "release", lambda self: released.append(self) is None)
+    train(tmp_path / "crowded", *run)
+    assert len(released) == 1
+    assert fingerprint(tmp_path / "crowded") == fingerprint(tmp_path / "roomy")
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -143,6 +172,37 @@ def checked(*overrides: str) -> None:
     check_first_batch(objects, CPU)
     after = list(objects.state.model.buffers())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_no_room_for_the_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(nn.Module, "to", full)
+    with pytest.raises(UserError, match=r"trainer\.device=cpu: cpu has no room for the model"):
+        training.build(config_of(*TINY), CPU)
+
+
+def test_a_first_batch_whose_graph_has_no_room_is_checked_in_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An evaluation keeps no graph, so its batch may be larger than the check can take."""
+    sizes = []
+
+    def crowded(model: nn.Module, inputs: Tensor) -> Any:
+        sizes.append(len(inputs))
+        next(model.buffers()).add_(1)  # as far as a forward pass has come
+        if len(inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return calls.call(model, inputs)
+
+    monkeypatch.setattr(model_checks, "call", crowded)
+    most = 6
+    checked(*TINY, "model.norm=batch")
+    assert sizes[:3] == [20, 10, 5]
+    most = 0
+    with pytest.raises(UserError, match=r"check_first_batch: out of memory with one example\."):
+        checked(*TINY, "model.norm=batch")
 
 
 def test_any_other_error_is_not_taken_for_a_lack_of_memory() -> None:

@@ -383,6 +383,25 @@ def _without_flag(self: Any, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
 
+def test_a_device_gets_the_count_of_steps_of_a_checkpoint_without_its_kernels() -> None:
+    """Else a fused kernel of a GPU would read memory of the host."""
+
+    def adamw(device: str, **kernels: bool) -> torch.optim.Optimizer:
+        parameter = nn.Parameter(torch.ones(3, device=device))
+        parameter.grad = torch.ones(3, device=device)
+        make = functools.partial(torch.optim.AdamW, lr=0.1, **kernels)
+        group = {"params": [parameter], "param_names": ["weight"], "lr_scale": 1.0}
+        return optim.build(make, [group])
+
+    before, after = adamw("cpu", fused=False), adamw("meta", capturable=True)
+    before.step()
+    optim.load(after, before.state_dict())
+    (moments,) = after.state.values()
+    assert {name: its.device.type for name, its in moments.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
+
+
 def test_clipping_on_a_device_does_not_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A meta tensor has no value to wait for: any host synchronisation raises."""
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: True)

@@ -69,14 +69,14 @@ def attribute(loss: Loss, name: str, default: Any) -> Any:
     return getattr(loss, name, getattr(getattr(loss, "func", None), name, default))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for good, as CUDA graphs read the memory
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a cached small tensor on the device."""
     with torch.inference_mode(False):  # the first call may be an evaluation's
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for good, as CUDA graphs read the memory
 def _smoothed_rows(
     classes: int, smoothing: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -191,27 +191,34 @@ class CheckpointWriter:
         """Return `parts` with tensors replaced by kept memory, its shards, and pairs to copy."""
         pairs: list[tuple[Tensor, Tensor]] = []
         shards: Shards = {}
+        kept = {name: self._kept(part, name, shards, pairs) for name, part in parts.items()}
+        return kept, shards, pairs
 
-        def copied(value: Any, path: str) -> Any:
-            if sharding.is_sharded(value):
-                shards[path] = (copied(sharding.local([value])[0], path), value)
-                return torch.empty(value.shape, dtype=value.dtype, device="meta")
-            if isinstance(value, Tensor):
-                copy = self._copies.get(path)
-                if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-                    copy = torch.empty(
-                        value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda"
-                    )
-                    self._copies[path] = copy
-                pairs.append((value.detach(), copy))
-                return copy
-            if isinstance(value, Mapping):
-                return {key: copied(item, f"{path}/{key}") for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return type(value)(copied(item, f"{path}/{i}") for i, item in enumerate(value))
-            return value
-
-        return {name: copied(part, name) for name, part in parts.items()}, shards, pairs
+    # A function inside of `_laid_out` that calls itself would be part of a cycle, and keep the
+    # tensors of the state, some on the device, until garbage is collected.
+    def _kept(
+        self, value: Any, path: str, shards: Shards, pairs: list[tuple[Tensor, Tensor]]
+    ) -> Any:
+        """Return a value with kept memory for its tensors; add these to `shards` and `pairs`."""
+        if sharding.is_sharded(value):
+            part = self._kept(sharding.local([value])[0], path, shards, pairs)
+            shards[path] = part, value
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        if isinstance(value, Tensor):
+            copy = self._copies.get(path)
+            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+                copy = torch.empty(
+                    value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda"
+                )
+                self._copies[path] = copy
+            pairs.append((value.detach(), copy))
+            return copy
+        if isinstance(value, Mapping):
+            return {k: self._kept(it, f"{path}/{k}", shards, pairs) for k, it in value.items()}
+        if isinstance(value, list | tuple):
+            items = enumerate(value)
+            return type(value)(self._kept(it, f"{path}/{i}", shards, pairs) for i, it in items)
+        return value
 
     def _write(
         self, parts: Parts, shards: Shards, facts: CheckpointFacts, sync: Callable[[int], None]
@@ -418,36 +425,37 @@ def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
     Without a `mesh` they are full tensors. With one they are sharded over its processes, all of
     which must call this together. Raises DamagedCheckpoint.
     """
-    empty: dict[str, Tensor] = {}
-    content: dict[str, Any] = {}
-
-    def look(value: Any, name: str) -> None:
-        if isinstance(value, Tensor) and value.is_meta:
-            empty[name] = value
-        for key, item in _items(value):
-            look(item, f"{name}/{key}")
-
-    def filled(value: Any, name: str) -> Any:
-        if name in content:
-            return content[name]
-        if isinstance(value, dict):
-            return {key: filled(item, f"{name}/{key}") for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(filled(item, f"{name}/{i}") for i, item in enumerate(value))
-        return value
-
-    for name, part in parts.items():
-        look(part, name)
+    empty = dict(place for name, part in parts.items() for place in _empty(part, name))
     if not empty:
         return parts
     from regrow.checkpoint import sharded  # importing takes a second
 
     try:
-        content |= sharded.read(path / SHARDS, empty, mesh)
+        content = sharded.read(path / SHARDS, empty, mesh)
     except sharded.ERRORS as error:
         reason = brief(error, 300)
         raise DamagedCheckpoint(f"{path.name}/{SHARDS} cannot be read: {reason}") from None
-    return {name: filled(part, name) for name, part in parts.items()}
+    return {name: _filled(part, name, content) for name, part in parts.items()}
+
+
+# Inside of `fill`, these two would keep the tensors until garbage is collected.
+def _empty(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the empty tensors in a value, by name."""
+    if isinstance(value, Tensor) and value.is_meta:
+        yield name, value
+    for key, item in _items(value):
+        yield from _empty(item, f"{name}/{key}")
+
+
+def _filled(value: Any, name: str, content: Mapping[str, Any]) -> Any:
+    if name in content:
+        return content[name]
+    if isinstance(value, dict):
+        return {key: _filled(item, f"{name}/{key}", content) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = enumerate(value)
+        return type(value)(_filled(item, f"{name}/{i}", content) for i, item in items)
+    return value
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:

@@ -15,7 +15,8 @@ from regrow.errors import UserError, brief
 def say_if_out_of_memory(error: RuntimeError, what: str, way_out: str) -> None:
     """Raise UserError if `error` is out of memory and there is nothing to halve."""
     if is_out_of_memory(error):
-        raise UserError(f"{what} ran out of memory. {way_out}") from error
+        # Not from `error`: that would be told as a fault of the machine, with another way out.
+        raise UserError(f"{what} ran out of memory. {way_out}") from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -151,7 +151,10 @@ class Totals(NamedTuple):
         """Return the values as one tensor, followed by `more`, for a sum over processes."""
         if isinstance(self.values, list):
             return torch.tensor([*self.values, *more], dtype=self.dtype)
-        own = torch.tensor(more, dtype=self.dtype).to(self.values.device)
+        device = self.values.device
+        own = torch.tensor(more, dtype=self.dtype, pin_memory=device.type == "cuda")
+        # Otherwise the host would wait here until the device has done the step's forward passes.
+        own = own.to(device, non_blocking=True)
         return torch.cat([self.values.to(self.dtype), own])
 
     def received(self, values: Tensor) -> Totals:

@@ -12,7 +12,7 @@ launch: launch
 loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device
 model_checks: check, check_first_batch, check_forward, check_one_example, check_soft_targets,
-    check_types, described, has_lazy_parts, materialise
+    check_types, check_what_fits, described, has_lazy_parts, materialise
 predictions: Glance, kind_of, Predictions
 training: build
 trial: open_storage, remove_torn_line, STORAGE, STUDY

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from regrow.errors import UserError, brief
 from regrow.feeding.batch import parts_of
 from regrow.numerics.buffers import Buffers, caches
-from regrow.numerics.calls import call
+from regrow.numerics.calls import call, is_out_of_memory
 from regrow.numerics.capture import attributes_of, differing
 from regrow.numerics.precision import autocast
 from regrow.protocols import Batch, Task
@@ -31,14 +31,38 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
     calls = fault_checks.Calls()
     buffers = Buffers(model)  # some models count calls in evaluation mode too
     model.eval()
-    with autocast(parts_of(batch.targets)[0].device, precision):
-        outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
-        task.check(outputs, batch.targets)
-        with calls:
-            task.loss(outputs, batch.targets, batch.weights)
-    buffers.restore()
-    model.train()
+    try:
+        with autocast(parts_of(batch.targets)[0].device, precision):
+            outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
+            task.check(outputs, batch.targets)
+            with calls:
+                task.loss(outputs, batch.targets, batch.weights)
+    finally:
+        buffers.restore()
+        model.train()
     return [*calls.found.values(), *fault_checks.of_inputs(batch)]
+
+
+def check_what_fits(
+    model: nn.Module, task: Task, batch: Batch, precision: str
+) -> tuple[Batch, list[str]]:
+    """Check the batch, or as many of its examples as memory allows. Returns these and the lines.
+
+    An evaluation keeps no graph, as the check does, and a step may split its batch: both may fit
+    where the check does not. Raises UserError if one example does not fit.
+    """
+    while True:
+        try:
+            return batch, check_first_batch(model, task, batch, precision)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch.num_local < 2:
+                raise UserError(
+                    "trainer.check_first_batch: out of memory with one example. Use a smaller "
+                    "model or input, trainer.precision=bf16, or a device with more memory."
+                ) from error
+        batch = batch.split(2)[0]  # not above: the error's traceback holds the graph
 
 
 def check_soft_targets(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:

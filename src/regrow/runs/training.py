@@ -51,7 +51,14 @@ def build(config: Checked, world: World, folder: str | None = None) -> Objects:
         data = without_gone(config["data"], Path(folder), tells=world.is_main)
         config = {**config, "data": data}
     with first_calls.explained():
-        return lab().build(config, world)
+        try:
+            return lab().build(config, world)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"trainer.device={config['trainer']['device']}: {world.device} has no room for the "
+                "model and the data. Use a smaller model or less data, or end what else uses it: "
+                "nvidia-smi lists that."
+            ) from error
 
 
 def check_first_batch(objects: Objects, world: World) -> None:
