@@ -135,7 +135,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
         ) from error
     kind = type(optimizer)
     # A class of the user's own may change its arguments as it trains: they are then state.
-    is_known = kind.__module__.startswith(("torch.optim.", __name__))
+    is_known = kind.__module__.startswith(("torch.optim", __name__))
     arguments = inspect.signature(kind).parameters.keys() if is_known else set()
     names = (SETTINGS | arguments) - {"params", "lr"}
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
