@@ -87,6 +87,16 @@ def test_a_resume_leaves_out_what_a_newly_chosen_option_lacks(
     assert expanded("~optimizer.lr") == [before[0], before[2], "~optimizer.lr"]
 
 
+def test_an_earlier_default_of_another_optimizer_is_not_kept(run: Path) -> None:
+    """AdamW's default was 0.5, with which SGD would shrink all weights to zero."""
+    before = config_of(*TINY, "optimizer.weight_decay=0.5")
+    write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(before)))
+    for chosen, kept in (("sgd", 0.0), ("adamw", 0.5)):
+        overrides = [*TINY, f"optimizer={chosen}"]
+        config = resumed(run, {**config_of(*overrides), "resume": str(run)}, overrides)
+        assert config is not None and config["optimizer"]["weight_decay"] == kept
+
+
 def test_nan_and_infinity_in_a_file_of_ones_own_are_accepted_and_equal() -> None:
     was = {"model": {"missing": math.nan, "most": math.inf}}
     assert differences(was, {"model": {"missing": float("nan"), "most": math.inf}}) == {}

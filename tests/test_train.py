@@ -95,6 +95,8 @@ def test_a_complete_run_refuses_changes_as_an_unfinished_one_does(
     for change, words in {
         "model.hidden=[13]": "the checkpoint is of another model: ",
         "trainer.ema_decay=0.9": "the checkpoint lacks averaged",
+        "param_groups.lr_scale={head: 0.5}": "the checkpoint's optimizer has other groups",
+        "optimizer.amsgrad=true": "the checkpoint lacks the moments that this needs",
         "data.source.num_train=40": "the data has changed since that run began",
     }.items():
         out, error = said(change)

@@ -125,6 +125,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
             *(before or "another optimizer", now),
         )
         return
+    refuse_other(optimizer, state)
     configured = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
@@ -135,11 +136,10 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
         ) from error
     kind = type(optimizer)
     # A class of the user's own may change its arguments as it trains: they are then state.
-    is_known = kind.__module__.startswith(("torch.optim.", __name__))
+    is_known = kind.__module__.startswith(("torch.optim", __name__))
     arguments = inspect.signature(kind).parameters.keys() if is_known else set()
     names = (SETTINGS | arguments) - {"params", "lr"}
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
-        _refuse_without_moments(optimizer, group, fresh)
         group.update({name: fresh[name] for name in names & fresh.keys()})
         lr = group["lr"] = float(group["lr"])
         if _is_on_device(fresh["lr"]):
@@ -157,17 +157,30 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
                     moments[name] = value.to(parameter.device)
 
 
-def _refuse_without_moments(
-    optimizer: Optimizer, saved: Mapping[str, Any], configured: Mapping[str, Any]
-) -> None:
-    for name, kind in NEED_MOMENTS.items():
-        if isinstance(optimizer, kind) and configured.get(name) and not saved.get(name):
-            value, before = (str(its).lower() for its in (configured[name], saved.get(name)))
-            raise UserError(
-                f"optimizer.{name}={value}: the checkpoint lacks the moments that this needs, as "
-                f"it was written with {before}. Use optimizer.{name}={before}, or start a new run "
-                "with init_from=…"
-            )
+def refuse_other(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise UserError if a checkpoint's optimizer has other groups, or lacks needed moments.
+
+    Reads no tensors. The moments of another optimizer do not matter: see `load`.
+    """
+    parts = state.get("parts", [state])
+    saved = [group for part in parts for group in part.get("param_groups", ())]
+    if not saved or is_of_another(optimizer, state, state.get(CLASS)):
+        return
+    there, here = ([len(its["params"]) for its in side] for side in (saved, optimizer.param_groups))
+    if there != here:
+        raise UserError(
+            "the checkpoint's optimizer has other groups of parameters. Leave optimizer and "
+            "param_groups as they were, or start a new run with init_from=…"
+        )
+    for before, now in zip(saved, optimizer.param_groups, strict=True):
+        for name, kind in NEED_MOMENTS.items():
+            if isinstance(optimizer, kind) and now.get(name) and not before.get(name):
+                value, earlier = (str(its.get(name)).lower() for its in (now, before))
+                raise UserError(
+                    f"optimizer.{name}={value}: the checkpoint lacks the moments that this needs, "
+                    f"as it was written with {earlier}. Use optimizer.{name}={earlier}, or start a "
+                    "new run with init_from=…"
+                )
 
 
 def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | None) -> bool:

@@ -203,9 +203,9 @@ class TrainState:
         return parts
 
     def refuse_other(self, parts: dict[str, dict[str, Any]]) -> None:
-        """Raise UserError if a checkpoint has other parts than this state, or is of another model.
+        """Raise UserError if a checkpoint's parts, model or optimizers do not fit this state.
 
-        Compares names and shapes only, so the tensors may be on the meta device.
+        Compares no values of tensors, so these may be on the meta device.
         """
         own = self.state_dict()
         if set(parts) != set(own):
@@ -232,6 +232,8 @@ class TrainState:
                     f"and {here.get(name, 'not')} here. Leave the model as it was, or start a new "
                     "run with init_from=…"
                 )
+        for name, optimizer in by_name(self.optimizer).items():
+            optim.refuse_other(optimizer, parts[full("optimizer", name)])
 
     def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
         """Load a checkpoint.

@@ -149,6 +149,7 @@ def test_a_target_out_of_range_is_named(
         (["source.target_columns=[]"], "names no column"),
         (["source.target_columns=[x,y]"], "takes one"),
         (["source.train_file=nowhere.csv"], "No such file or directory. Names of tables are"),
+        (["source.train_file=."], "cannot be read: Is a directory. Name a table in it."),
         (["source.delimiter=';;'"], "must be one character"),
         (["source.delimiter=';'"], "has no column 'x'"),
         (["source.test_fraction=0.001"], "split test is empty"),

@@ -143,7 +143,7 @@ BAD: list[tuple[Task, Tensor, Tensor, str]] = [
     (regression(), logits(32, 1), ones(32), "task=multiclass"),
     (regression(), logits(32, 2), logits(32), "data.num_outputs"),
     (regression(num_outputs=2), logits(32, 4), logits(32, 4),
-     r"outputs of shape \(B, …, 2\), got \(B, 4\)\. Make data\.num_outputs"),
+     r"outputs of shape \(B, …, 2\), got \(B, 4\)\. Make data\.num_outputs the size of the last"),
     (regression(num_outputs=2), logits(32), logits(32),
      r"outputs of shape \(B, …, 2\), got \(B,\)"),
     (regression(), logits(32, 1), torch.full((32,), torch.inf), "NaN or infinite"),

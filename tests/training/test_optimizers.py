@@ -91,6 +91,7 @@ def resumed(kind: Any, before: dict[str, Any], after: dict[str, Any]) -> torch.o
         (torch.optim.SGD, "momentum", 0.0, 0.9),
         (torch.optim.Adam, "amsgrad", True, False),
         (torch.optim.Adadelta, "rho", 0.9, 0.5),  # a class without a file in conf/
+        (torch.optim.Adafactor, "d", 1.0, 2.0),  # a class that names torch.optim as its module
     ],
 )
 def test_a_setting_is_the_configured_one_after_a_resume(

@@ -214,8 +214,8 @@ def regression(outputs: Tensor, targets: Tensor, num_outputs: int) -> None:
     if num_outputs > 1 and (outputs.ndim < 2 or outputs.shape[-1] != num_outputs):
         raise UserError(
             f"task=regression needs outputs of shape (B, …, {num_outputs}), got "
-            f"{_per_example(outputs, targets)}. Make data.num_outputs the number of values per "
-            "example; task.num_outputs=1 measures all values alike."
+            f"{_per_example(outputs, targets)}. Make data.num_outputs the size of the last "
+            "dimension; task.num_outputs=1 measures all values alike."
         )
 
 

@@ -467,14 +467,15 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 def outline(folder: Path) -> Parts | None:
     """Return the parts of the newest readable checkpoint without their content, or None.
 
-    All parts are empty but the models, whose tensors are on the meta device.
+    All parts are empty but models and optimizers, whose tensors are on the meta device.
     """
     for path in reversed(complete(folder)):
         with contextlib.suppress(DamagedCheckpoint):
             files = read_manifest(path)["files"]
             names = [Path(name).stem for name in files if "/" not in name]
+            read = [name for name in names if name.partition(".")[0] in ("model", "optimizer")]
             return {
-                name: _read(path / f"{name}.pt", "meta") if is_model(name) else {} for name in names
+                name: _read(path / f"{name}.pt", "meta") if name in read else {} for name in names
             }
     return None
 

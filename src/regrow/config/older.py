@@ -152,14 +152,19 @@ def following(config: dict[str, Any], changed: Iterable[str]) -> set[str]:
     return found.difference(changed)
 
 
-def earlier_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the dotted keys of a recorded config that have a default from before it changed."""
+def earlier_defaults(config: dict[str, Any], now: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the dotted keys of a recorded config that have a default from before it changed.
+
+    Leaves out nodes that have another target in `now`, which has defaults of its own.
+    """
     rows: tuple[EarlierDefault, ...] = _of_lab("EARLIER_DEFAULTS")
+    targets = {prefix: node.get("_target_") for prefix, node in _nodes(now or config)}
     return {
         f"{prefix}{row.key}": row.before
         for prefix, node in _nodes(config)
         for row in rows
-        if row.target == node.get("_target_") and node.get(row.key, ...) == row.before
+        if row.target == node.get("_target_") == targets.get(prefix)
+        and node.get(row.key, ...) == row.before
     }
 
 

@@ -92,7 +92,7 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
     recorded = recorded_config(folder, f"resume={folder}")
     lacked = [*lacked_before(folder), *older.complete(recorded)]
     kept = {key: value for key, value in older.earlier(recorded).items() if key in lacked}
-    kept |= older.earlier_defaults(recorded)
+    kept |= older.earlier_defaults(recorded, config)
     chosen = {key_of(override) for override in overrides}
     chosen |= older.following(config, changed_sources(recorded, config, lacked, chosen))
     if adopted := older.adopt(config, kept, chosen):

@@ -179,6 +179,8 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         way_out = "Make it readable."
         if error.errno == errno.ENOENT:
             way_out = "Names of tables are relative to data.root: set that, or give a full path."
+        elif error.errno == errno.EISDIR:
+            way_out = "Name a table in it."
         raise DataError(f"{path} cannot be read: {error.strerror}. {way_out}") from None
 
 

@@ -17,8 +17,8 @@ _NAME = (
     r"\w*password|\w*passwd|passphrase|credentials?|auth|pat)"
 )
 _SECRET_NAME = re.compile(_NAME + r"\Z", re.IGNORECASE)
-# A number under any other name, such as image_token, may be no secret.
-_PASSWORD = re.compile(r"[\w.-]*(?:password|passwd|passphrase)", re.IGNORECASE)
+# A number under a name that ends so, such as image_token, may be no secret.
+_MAY_COUNT = ("token", "auth", "pat")
 _ASSIGNED = re.compile(
     rf"""(?ix) ((?<![\w.-]) ["']? {_NAME} ["']? \s*
     (?:: \s* str \s* (?:\| \s* None \s*)? )? [=:] \s* )
@@ -61,7 +61,7 @@ def redact(text: str, secrets: Sequence[str] | None = None) -> str:
 def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
     """Return a nested value with every string redacted; under a secret key, the whole string.
 
-    A number is masked under the key of a password alone. Strings of a list may be overrides.
+    A number is not masked under a key such as image_token. Strings of a list may be overrides.
     """
     secrets = _environment_secrets() if secrets is None else secrets
     if isinstance(value, Mapping):
@@ -83,7 +83,7 @@ def _is_secret(key: str, value: Any) -> bool:
     if isinstance(value, str):
         return is_secret_name(key) and not _NO_SECRET.fullmatch(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and _PASSWORD.fullmatch(key) is not None
+    return is_number and is_secret_name(key) and not key.lower().endswith(_MAY_COUNT)
 
 
 @functools.lru_cache(maxsize=4096)
