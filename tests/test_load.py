@@ -231,7 +231,7 @@ def with_config(run: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: (run / "config.yaml").unlink(), "it holds no config.yaml"),
+        (lambda run: [file.unlink() for file in run.rglob("config.yaml")], "holds no config.yaml"),
         (lambda run: with_config(run, "a: [b"), "config.yaml cannot be read"),
         (lambda run: with_config(run, "a: 1"), "has no section data; is this a run's folder?"),
         (lambda run: with_config(run, "- 1"), "it holds a list"),

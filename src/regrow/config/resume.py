@@ -17,7 +17,7 @@ from regrow.config.command_line import key_of
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.foreign import downloads_elsewhere, is_foreign, is_own, without_loggers
 from regrow.config.leads import RECIPES
-from regrow.config.recorded import recorded_overrides
+from regrow.config.recorded import holds_run, recorded_overrides
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, printable
 from regrow.record import moved, ownership
@@ -39,8 +39,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     given, new = flags.split([a for a in arguments if not a.startswith("resume=")])
     if (folder / SWEEP).is_file():
         return expand_sweep(folder, [*given, *new])
-    recorded = folder / ".hydra" / "overrides.yaml"
-    if not recorded.is_file():
+    if not (holds_run(folder) or (folder / ".hydra" / "overrides.yaml").is_file()):
         raise UserError(
             f"resume={folder}: there is no run in that folder. Give the folder that a run printed "
             "at its start, such as outputs/digits/latest."
