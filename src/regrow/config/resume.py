@@ -38,7 +38,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
     folder = Path(command_line.path_of("resume", named[-1]))
     given, new = flags.split([a for a in arguments if not a.startswith("resume=")])
     if (folder / SWEEP).is_file():
+        _refuse_other_place(folder, "hydra.sweep.dir", new)
         return expand_sweep(folder, [*given, *new])
+    _refuse_other_place(folder, "hydra.run.dir", new)
     if not (holds_run(folder) or (folder / ".hydra" / "overrides.yaml").is_file()):
         raise UserError(
             f"resume={folder}: there is no run in that folder. Give the folder that a run printed "
@@ -102,6 +104,19 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
         *new,
         command_line.override("hydra.sweep.dir", folder),
     ]
+
+
+def _refuse_other_place(folder: Path, key: str, new: Sequence[str]) -> None:
+    """Raise UserError if `new` names another folder under `key`, which a resume does not take."""
+    for line in new:
+        named = line.partition("=")[2]
+        if key_of(line) == key and Path(command_line.path_of(key, named)).resolve() != (
+            folder.resolve()
+        ):
+            raise UserError(
+                f"{line}: resume={folder} writes to {folder}. Leave out {key}, or copy the folder "
+                "and resume the copy."
+            )
 
 
 def _without_lacked(
