@@ -228,6 +228,11 @@ def with_config(run: Path, text: str) -> None:
     (run / ".hydra" / "config.yaml").unlink()
 
 
+def just_begun(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "status.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -238,6 +243,7 @@ def with_config(run: Path, text: str) -> None:
         (lambda run: without(run, "trainer", "device"), "has no trainer.device"),
         (lambda run: without(run, "model", "_target_"), "has no model._target_"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "this run (completed) has no checkpoint"),
+        (just_begun, "this run (interrupted) has no checkpoint"),
         (lambda run: changed(run, model={"hidden": [13]}), "not those of the model"),
         (lambda run: changed(run, model={"hiden": [13]}), "hiden"),
     ],
