@@ -80,7 +80,7 @@ def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
         print(f"note: no run in {', '.join(without)}", file=sys.stderr)
     if len(runs) == 1:
         run = next(iter(runs))
-        return report.draw(run, output)
+        return report.draw(run) if output is None else report.write(run, output)
     if output is None:
         common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
         if Path.cwd().is_relative_to(common):  # they have no folder in common

@@ -97,6 +97,21 @@ def test_an_earlier_default_of_another_optimizer_is_not_kept(run: Path) -> None:
         assert config is not None and config["optimizer"]["weight_decay"] == kept
 
 
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_a_resume_refuses_another_folder(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    write_text(tmp_path / "run" / ".hydra" / "overrides.yaml", "[]")
+    if kind == "sweep":
+        write_text(tmp_path / "run" / "sweep.json", "{}")
+    with pytest.raises(UserError, match=rf"^hydra\.{kind}\.dir=other: resume=run writes to run\."):
+        expand(["resume=run", f"hydra.{kind}.dir=other"])
+    if kind == "run":
+        assert expand(["resume=run", "hydra.run.dir=./run"])
+
+
 def test_nan_and_infinity_in_a_file_of_ones_own_are_accepted_and_equal() -> None:
     was = {"model": {"missing": math.nan, "most": math.inf}}
     assert differences(was, {"model": {"missing": float("nan"), "most": math.inf}}) == {}

@@ -52,6 +52,7 @@ BAD = {
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
     "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
     "sweep=optuna": "sweep=optuna: sweep keys only apply to sweeps. Add -m, or remove it.",
+    "--config-dir gone": "gone: there is no such folder. Give the folder's place now",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "optimizer.foreach=true": "torch.optim.AdamW takes it, and conf/optimizer/adamw.yaml does not "
     "list it. Add `foreach: true` to that file, or type a plus for this run alone: "
@@ -243,7 +244,14 @@ def test_an_error_in_a_users_code_names_file_and_line(
         instantiate({"_target_": "unluckier.net", "width": 7})
 
 
-@pytest.mark.parametrize("named", ["hydra.run.dir=file/run", "-m hydra.sweep.dir=file/sweep"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        "hydra.run.dir=file/run",
+        "hydra.run.dir=file/${name}",
+        "-m hydra.sweep.dir=file/sweep",
+    ],
+)
 def test_a_folder_that_cannot_be_made_is_named_with_its_argument(
     named: str, tmp_path: Path
 ) -> None:

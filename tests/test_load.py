@@ -228,16 +228,22 @@ def with_config(run: Path, text: str) -> None:
     (run / ".hydra" / "config.yaml").unlink()
 
 
+def just_begun(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "status.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: (run / "config.yaml").unlink(), "it holds no config.yaml"),
+        (lambda run: [file.unlink() for file in run.rglob("config.yaml")], "holds no config.yaml"),
         (lambda run: with_config(run, "a: [b"), "config.yaml cannot be read"),
         (lambda run: with_config(run, "a: 1"), "has no section data; is this a run's folder?"),
         (lambda run: with_config(run, "- 1"), "it holds a list"),
         (lambda run: without(run, "trainer", "device"), "has no trainer.device"),
         (lambda run: without(run, "model", "_target_"), "has no model._target_"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "this run (completed) has no checkpoint"),
+        (just_begun, "this run (interrupted) has no checkpoint"),
         (lambda run: changed(run, model={"hidden": [13]}), "not those of the model"),
         (lambda run: changed(run, model={"hiden": [13]}), "hiden"),
     ],

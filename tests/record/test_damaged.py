@@ -15,6 +15,7 @@ from finished import finished, script
 from running import TINY, as_hydra_has_it, composed
 
 from regrow.config.recorded import recorded_config
+from regrow.config.resume import expand
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import plots, report
@@ -72,6 +73,32 @@ def test_a_run_with_a_damaged_file_is_measured_reported_and_resumed(
     if name != "preprocessing.json" and name != "config.yaml":
         json.loads((run / name).read_text())
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 9
+
+
+def test_a_lost_config_is_compared_by_its_copy(
+    run: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.yaml").unlink()
+    with pytest.raises(SystemExit):
+        resumed("trainer.max_steps=9", "optimizer.lr=9.0")
+    assert "optimizer.lr was 0.003 and would be 9.0" in capsys.readouterr().err
+    assert "its config.yaml is not read" in caplog.text
+    assert evaluate(load_run(run, device="cpu"), "test")
+    resumed("trainer.max_steps=9")
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 9
+
+
+@pytest.mark.parametrize("damage", ["torn", "lost"])
+def test_damaged_overrides_cost_the_short_command_alone(
+    damage: str, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = run / ".hydra" / "overrides.yaml"
+    overrides.unlink() if damage == "lost" else overrides.write_text("- [1,\n")
+    with pytest.raises(UserError, match=r"repeat the command in manifest\.json with hydra\.run"):
+        expand(["resume=run"])
+    resumed("trainer.max_steps=9")
+    assert "overrides.yaml cannot be read, and is written again" in caplog.text
+    assert expand(["resume=run"])
 
 
 def test_a_config_whose_copy_is_lost_as_well_leads_to_init_from(run: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import json
 import logging
@@ -254,6 +255,30 @@ def shown(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 def tensorboard(folder: Path, resume_step: int | None) -> TensorBoard:
     return TensorBoard(flush_seconds=30, **runtime(folder, resume_step))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_lacks_nothing_if_a_full_disk_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def refuse(self: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with quietly():
+        run = Loggers(Jsonl(tmp_path), {"tensorboard": tensorboard(tmp_path, None)})
+        for step in range(1, 30):
+            if step == 5:
+                run.position()
+                monkeypatch.setattr(RecordWriter, "write", refuse)
+            run.log(step, 0, {"train/loss": float(step)})
+        run.position()
+        monkeypatch.undo()  # there is room again
+        run.log(30, 0, {"train/loss": 30.0})
+        run.close()
+    assert shown(tmp_path, "train/loss") == [(step, float(step)) for step in range(1, 31)]
+    assert caplog.text.count("logger tensorboard: OSError") == 1
 
 
 def test_tensorboard_shows_each_step_once_after_a_crash_and_a_resume(tmp_path: Path) -> None:

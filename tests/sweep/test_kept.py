@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,19 @@ def test_code_that_an_editor_has_open_is_frozen_without_the_editors_locks(
     code, _ = frozen.freeze(sweep, {**flags.DEFAULT, "dir": str(places)})
     found = [path.relative_to(code) for name in ("*.py", "*.yaml") for path in code.rglob(name)]
     assert sorted(map(str, found)) == ["mine/data.py", "models.py", "places/dir/my.yaml"]
+
+
+def test_code_that_cannot_be_copied_is_one_short_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise shutil.Error([(name, name, "No space left on device") for name in "ab"])
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        frozen.freeze(tmp_path)
+    assert str(caught.value).count("No space left on device") == 1
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:

@@ -201,7 +201,8 @@ def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
         key, _, value = argument.partition("=")
         names_one = key in ("hydra.run.dir", "hydra.sweep.dir")
         value = path_of(key, value) if names_one else value
-        if names_one and Path(value).absolute().is_relative_to(Path(refused).absolute()):
+        is_below = Path(value).absolute().is_relative_to(Path(refused).absolute())
+        if names_one and (is_below or "${" in value):
             return argument
     return None
 

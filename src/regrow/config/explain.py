@@ -38,6 +38,11 @@ def composition_error(error: Exception) -> str:
     for pattern in (r"Ambiguous value for argument '(.+)'\n", r"Sweep parameters '(.+)' requires"):
         if found := re.search(pattern, text):
             return several_values(found[1])
+    if found := re.search(r"Additional config directory '(.+)' not found", text):
+        return (
+            f"--config-dir {found[1]}: there is no such folder. Give the folder's place now, also "
+            "to resume a run that was composed with it."
+        )
     if found := re.search(r"Sweeping over Hydra's configuration is not supported : '(.+)'", text):
         return f"{found[1]}: a setting of Hydra's takes one value."
     if found := re.search(r"In '([^']+)': Could not override '([^']+)'", text):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from regrow.config import flags, hydra_access, registered
+from regrow.config import command_line, flags, hydra_access, registered
 from regrow.config.command_line import key_of
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, brief
@@ -32,8 +32,8 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
 
     `where` is how the user referred to the run, for messages. Updates `_target_` paths that have
     moved since the run.
-    If config.yaml is damaged, uses Hydra's own copy and logs a warning. Raises UserError if that is
-    damaged as well.
+    If config.yaml is damaged or lost, uses Hydra's own copy and logs a warning. Raises UserError if
+    that is damaged as well.
     """
     try:
         return _checked(read_yaml(folder / "config.yaml"))
@@ -53,7 +53,7 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
             f"{where}: its config.yaml cannot be read: {reason}, and neither can its copy in "
             f".hydra. Its weights can start a new run: {shlex.quote(f'init_from={folder}')}"
         ) from None
-    log.warning("%s: its config.yaml is damaged (%s). Its copy in .hydra is used.", where, reason)
+    log.warning("%s: its config.yaml is not read: %s. Its copy in .hydra is used.", where, reason)
     return config
 
 
@@ -70,7 +70,10 @@ def recorded_overrides(folder: Path) -> list[str]:
         return overrides_in(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = brief(error)
-        raise UserError(f"resume={folder}: {path} cannot be read: {reason}") from None
+        raise UserError(
+            f"resume={folder}: {path} cannot be read: {reason}. To resume, repeat the command in "
+            "manifest.json with " + command_line.shell([f"hydra.run.dir={folder}"])
+        ) from None
 
 
 def overrides_in(text: str) -> list[str]:
@@ -86,9 +89,14 @@ def is_of_the_launcher(override: str) -> bool:
     return key_of(override).split(".")[0] in ELSEWHERE
 
 
+def holds_run(folder: Path) -> bool:
+    """Return True if the folder has the config of a run, or Hydra's copy of a lost one."""
+    return any((folder / name).is_file() for name in ("config.yaml", ".hydra/config.yaml"))
+
+
 def refuse_other_folder(folder: Path, given: Path | None = None) -> None:
     """Raise UserError, which names the folder as `given`, if it holds no run. Needs no torch."""
-    if not (folder / "config.yaml").is_file():
+    if not holds_run(folder):
         what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
         if (folder / "sweep.json").is_file():
             what = "it is a sweep's, which holds a folder for each of its runs"

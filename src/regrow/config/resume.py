@@ -17,7 +17,7 @@ from regrow.config.command_line import key_of
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.foreign import downloads_elsewhere, is_foreign, is_own, without_loggers
 from regrow.config.leads import RECIPES
-from regrow.config.recorded import recorded_overrides
+from regrow.config.recorded import holds_run, recorded_overrides
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, printable
 from regrow.record import moved, ownership
@@ -38,9 +38,10 @@ def expand(arguments: Sequence[str]) -> list[str]:
     folder = Path(command_line.path_of("resume", named[-1]))
     given, new = flags.split([a for a in arguments if not a.startswith("resume=")])
     if (folder / SWEEP).is_file():
+        _refuse_other_place(folder, "hydra.sweep.dir", new)
         return expand_sweep(folder, [*given, *new])
-    recorded = folder / ".hydra" / "overrides.yaml"
-    if not recorded.is_file():
+    _refuse_other_place(folder, "hydra.run.dir", new)
+    if not (holds_run(folder) or (folder / ".hydra" / "overrides.yaml").is_file()):
         raise UserError(
             f"resume={folder}: there is no run in that folder. Give the folder that a run printed "
             "at its start, such as outputs/digits/latest."
@@ -103,6 +104,19 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
         *new,
         command_line.override("hydra.sweep.dir", folder),
     ]
+
+
+def _refuse_other_place(folder: Path, key: str, new: Sequence[str]) -> None:
+    """Raise UserError if `new` names another folder under `key`, which a resume does not take."""
+    for line in new:
+        named = line.partition("=")[2]
+        if key_of(line) == key and Path(command_line.path_of(key, named)).resolve() != (
+            folder.resolve()
+        ):
+            raise UserError(
+                f"{line}: resume={folder} writes to {folder}. Leave out {key}, or copy the folder "
+                "and resume the copy."
+            )
 
 
 def _without_lacked(

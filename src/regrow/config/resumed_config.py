@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow.config import command_line, older
 from regrow.config.command_line import key_of, typed
-from regrow.config.recorded import recorded_config, recorded_overrides
+from regrow.config.recorded import holds_run, recorded_config, recorded_overrides
 from regrow.dotted import Checked, Config, leaves, matches
 from regrow.errors import UserError
 from regrow.project import lab_name
@@ -86,7 +86,7 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
     `trainer.num_threads` becomes the recorded one if the number of processes is the same: results
     depend on it bit for bit. The monitor and its mode become those of the recorded run.
     """
-    if not (folder / "config.yaml").is_file():
+    if not holds_run(folder):
         return None
     config = copy.deepcopy(dict(asked))
     recorded = recorded_config(folder, f"resume={folder}")
@@ -106,7 +106,11 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
     if config["trainer"]["num_threads"] is None and as_many:
         config["trainer"]["num_threads"] = recorded["trainer"]["num_threads"]
     by_name = config["resume"] not in ("auto", "never")
-    before = recorded_overrides(folder) if (folder / ".hydra" / "overrides.yaml").is_file() else []
+    try:
+        before = recorded_overrides(folder)
+    except UserError:
+        before = []
+        log.warning("%s cannot be read, and is written again", folder / ".hydra" / "overrides.yaml")
     named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}
@@ -167,7 +171,7 @@ def lacked_before(folder: Path) -> list[str]:
 
 def lacked_keys(folder: Path) -> list[str]:
     """Return the keys that an older record in `folder` lacks, or lacked before it was completed."""
-    if not (folder / "config.yaml").is_file():
+    if not holds_run(folder):
         return []
     lacking = older.complete(recorded_config(folder, str(folder)))
     return [*dict.fromkeys([*lacked_before(folder), *lacking])]

@@ -27,6 +27,6 @@ records: as_json, by_set, create, link_latest, linked_latest, load_status, load_
     METRICS, NOT_SETS, read_json, refuse_links, remove_start, remove_unused, set_status, set_step,
     sets_of, SUMMARY, sync_folder, unlink_latest, whole_lines, write_json, write_text
 redact: MASK, redact, redact_all
-report: draw, find_runs, is_run, load, Run
+report: draw, find_runs, is_run, load, Run, write
 side_by_side: write_page
 """

@@ -233,19 +233,26 @@ class TensorBoard:
         run_name: str,
         config: Mapping[str, Any] | None,
     ) -> None:
+        self.folder, self.flush_seconds = folder, flush_seconds
+        self._open(-1 if resume_step is None else resume_step)
+
+    def _open(self, kept: int | None) -> None:
+        """Write to a new file, first what the record holds and the other files lack.
+
+        Of these, events up to the step `kept` count, or all of them.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "tensorboard"
-        kept = -1 if resume_step is None else resume_step
+        path = self.folder / "tensorboard"
         old = sorted(path.glob(f"{EVENTS}*"))
-        self.shown = {event for event in _events(old) if event[0] <= kept}
+        self.shown = {event for event in _events(old) if kept is None or event[0] <= kept}
         _date_back(old)
         self.writer = SummaryWriter(
             str(path),
-            purge_step=kept + 1 if old else None,
-            flush_secs=flush_seconds,
+            purge_step=kept + 1 if old and kept is not None else None,
+            flush_secs=self.flush_seconds,
         )
-        _fill(self, folder)
+        _fill(self, self.folder)
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -274,6 +281,10 @@ class TensorBoard:
         self.writer.flush()
 
     def close(self, exit_code: int = 0) -> None:
+        try:
+            self.writer.flush()
+        except OSError:  # a full disk has ended its thread: restore what it lost
+            self._open(None)
         self.writer.close()
 
 

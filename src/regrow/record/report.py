@@ -190,14 +190,14 @@ def _read(path: Path) -> Any:
 # -- a run's page ----------------------------------------------------------------------------------
 
 
-def draw(folder: Path, output: Path | None = None) -> Path:
-    """Write the run's plots and its page. Returns the page's path."""
+def draw(folder: Path) -> Path:
+    """Write the run's plots and its page into its folder. Returns the page's path."""
     run = load(folder)
     refuse_links(folder, str(folder), "plots")
     panels = _panels(run)
     drawn = plots.figures(folder, panels)
     plots.draw(folder, drawn)
-    return _write(run, panels, drawn, output)
+    return _write(run, panels, drawn, None)
 
 
 def write(folder: Path, output: Path | None = None) -> Path:

@@ -527,9 +527,9 @@ def _checkpoint(folder: Path, which: str) -> tuple[Path, writer.Parts, dict[str,
     names = [name for name in ("best", "last") if writer.named(folder, name).is_dir()]
     names += [path.name for path in there]
     if not names:
-        status = load_status(folder.parent) or {}
+        status = load_status(folder.parent) or {"state": "interrupted"}
         raise UserError(
-            f"{_shown(folder.parent)}: this run ({status.get('state')}) has no checkpoint yet. "
+            f"{_shown(folder.parent)}: this run ({status['state']}) has no checkpoint yet. "
             f"Resume it with resume={_shown(folder.parent)}, or name another run."
         )
     if which not in names:

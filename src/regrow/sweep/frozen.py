@@ -107,7 +107,9 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
         registered.write(temporary)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"the code could not be copied into {folder}: {error}") from None
+        # copytree lists each file that it could not copy.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise UserError(f"the code could not be copied into {folder}: {reason}") from None
     manifest.write_origin(temporary, ROOT)
     identity = entered(ownership.digest_of_code(temporary, str(folder)))
     temporary.rename(code)
