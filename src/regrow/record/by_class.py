@@ -36,7 +36,7 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
     title = f"{of}, by {noun(columns)}"
     if len(names) > MOST:
         worst = [name for name in names if not math.isnan(columns[rank].get(name, math.nan))]
-        if not worst:  # as of a set whose pixels are all ignored
+        if not worst:  # such as a set whose pixels are all ignored
             return []
         worst.sort(key=lambda name: _sign(rank) * columns[rank][name])
         what = _several(columns)

@@ -98,7 +98,7 @@ def as_png(image: Any) -> bytes:
     from PIL import Image
 
     if isinstance(image, numpy.ndarray):
-        image = image.copy()  # torch takes no negative strides, as of a mirrored array
+        image = image.copy()  # torch takes no negative strides, such as those of a mirrored array
     try:
         pixels = torch.as_tensor(image).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
