@@ -53,9 +53,7 @@ def of_table(comparison: Comparison, short: Mapping[str, str]) -> Importance:
         return Importance(found.shares, f"{found.note} {few}", found.rest)
     try:
         shares = of_study(_study(done, keys, values), len(done))
-    except (
-        Exception
-    ) as error:  # such as for a version that Optuna does not support; the runs are done
+    except Exception as error:  # an unsupported version of Optuna, say; the runs are done
         found, why = effects(comparison, short), " ".join(str(error).split()) or repr(error)
         return Importance(found.shares, f"{found.note} Optuna's failed: {why}", found.rest)
     note = (
