@@ -68,7 +68,7 @@ def test_figures_on_a_step_are_those_of_the_results() -> None:
     least, most = (ratio(default, name) for name in ("Ignite", "Lightning, as its Hydra template"))
     readme = prose("README.md")
     assert f"({ratio(default, 'train.py'):.2f} on a quiet machine)" in readme
-    assert f"in other engines {least:.1f} to {most:.1f} times" in readme
+    assert f"In other engines, it takes {least:.1f} to {most:.1f} times" in readme
     slowest = ratio(small, "Lightning, as its Hydra template")
     assert f"with a smaller model up to {slowest:.1f}" in readme
 
