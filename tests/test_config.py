@@ -714,7 +714,7 @@ def test_help_of_a_group_shows_its_options_and_the_keys_of_the_chosen_one(tmp_pa
     assert "* linear" in said and "  cosine" in said and "Half a cosine down to" in said
     assert "Keys of scheduler=linear:\n  _target_: lab.schedules.linear\n" in said
     line = next(line for line in said.splitlines() if "warmup_steps=7" in line)
-    assert "linear; the first step" in line and "(default null)" in said
+    assert "steps of a linear warm-up" in line and "(default null)" in said
     assert "[an integer of at least 0, or null]" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80
 

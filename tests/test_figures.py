@@ -77,7 +77,7 @@ def test_figures_on_switches_and_memory_are_those_of_the_results() -> None:
     digits = "Switches of the trainer, for a step of a small CNN on 8×8 digits"
     alone = ratio(digits, "trainer.channels_last=true")
     both = ratio(digits, "trainer.precision=bf16, channels_last")
-    said = f"channels_last makes a step {alone:.2f} times as long, bf16 beside it {both:.2f}"
+    said = f"channels_last takes {alone:.2f} of a step's time, and {both:.2f} with bf16 too."
     assert said in prose("conf/experiment/digits_cnn.yaml")
     kept = "bare loop, freed memory kept"
     resnet = ratio("A training step of ResNet-18", kept)
