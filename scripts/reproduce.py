@@ -43,9 +43,9 @@ from regrow.record.redact import redact_all
 
 OPTIONS = {
     "run": Option("the folder of a complete run", required=True),
-    "config_dir": Option("--config-dir of the run, which a folder does not add by itself"),
-    "config_path": Option("its --config-path, likewise"),
-    "searchpath": Option("its hydra.searchpath, likewise"),
+    "config_dir": Option("the run's --config-dir, which its folder does not add by itself"),
+    "config_path": Option("the run's --config-path, likewise"),
+    "searchpath": Option("the run's hydra.searchpath, likewise"),
 }
 ROOT = CONF.parent
 
