@@ -91,7 +91,7 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     if found := first_difference(run, again, given):
         print(f"\nnot identical: {printable(found)}\n\nthe second run: {again}")
         if before.get("resumes"):
-            print("It was resumed: with another limit or key than it began with, it cannot be.")
+            print("The run was resumed. If a key changed at a resume, it cannot be identical.")
         return 1
     count, weights = len(lines_of(run)), weights_of(run)
     print(f"\nidentical: {count} lines of {records.METRICS}, and the weights, {weights}")

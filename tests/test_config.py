@@ -93,7 +93,7 @@ BAD = {
     "hydra.runtime.cwd=x": "hydra.runtime.cwd=x: Hydra fills it itself. Leave it out.",
     "~hydra.callbacks.check": "it checks a config before a run starts. Leave it as it is.",
     "model._target_=torch.nn.Linear model.bias=false": "and no file lists it. Add a plus: +mod",
-    "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is of a sweep: add -m.",
+    "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is for a sweep: add -m.",
     "-m +hydra.job.env_set.A=1": "Set it in the shell: A=1 python …",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
     "data.image_size=64": "channels first: 'data.input_shape=[3,64,64]'",
@@ -195,8 +195,8 @@ BAD = {
     "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half must be one of fp32, bf16",
     "trainer.fsdp.param_dtype=fp16": "small gradients vanish without a loss scale",
     'name="a\x07b"': "must be text of one line",
-    "hydra.sweep.dir=mine": "hydra.sweep.dir=mine is of a sweep. A run's folder is hydra.run.dir",
-    "-m hydra.run.dir=mine": "is of one run. A sweep's folder is hydra.sweep.dir",
+    "hydra.sweep.dir=mine": "hydra.sweep.dir=mine is for a sweep. A run's folder is hydra.run.dir",
+    "-m hydra.run.dir=mine": "is for one run. A sweep's folder is hydra.sweep.dir",
     "-m seed=range(0)": "seed=range(0): there is no value in it.",
     "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 must be a number above 0.",
 }
@@ -280,7 +280,7 @@ SET_ONE = {
 # Errors whose advice leads to another error, and that error.
 NEXT = {
     "loss.beta=1": "loss=smooth_l1 is for task=regression",
-    "data=csv": "data.num_classes must be given: add data.num_classes=… (null for a regression)",
+    "data=csv": "data.num_classes must be given: add data.num_classes=… (null for regression)",
     "data=image_folder": "data.root must be given",
     "trainer.max_epochs=0": "the run would never end",  # null
     "model._target_=torch.nn.Linearr": "takes no such argument",
