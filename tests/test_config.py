@@ -754,7 +754,7 @@ def test_help_of_keys_shows_comment_default_and_range(tmp_path: Path) -> None:
     assert "trainer.checkpoint.keep_best=1" in said and "[an integer of at\n" in said
     assert "model.norm=layer" in said and "none, layer, batch (batch statistics" in said
     assert "data.source (data=digits)" in said and "data.source.val_fraction=0.1" in said
-    assert "seed=0\n  of the model, of shuffling" in said
+    assert "seed=0\n  seeds the model, shuffling" in said
 
 
 def test_help_of_a_dotted_key_says_what_it_is_and_how_to_type_it(tmp_path: Path) -> None:
