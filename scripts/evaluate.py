@@ -1,4 +1,4 @@
-"""Measure a trained run on a split. The folder says where the data are; data keys can be swapped.
+"""Measure a trained run on a split, of the data that the run's folder names or data.<key>=… gives.
 
 python scripts/evaluate.py run=outputs/digits/latest split=test
 python scripts/evaluate.py run=outputs/digits/latest split=val checkpoint=last data.root=/new/data
@@ -27,15 +27,15 @@ from regrow.record.output import refuse_existing, write_text
 OPTIONS = {
     "run": Option("the run's folder", required=True),
     "split": Option("train, val, test or any other set of the data", "test"),
-    "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
+    "checkpoint": Option("best, last or a name such as step_00000460", "best"),
     "device": Option(
-        "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
+        "auto, cpu, cuda or mps; by default the run's own", choices=("auto", "cpu", "cuda", "mps")
     ),
     "output": Option(
-        "a .json file; without it evaluation_<split>.json in the run's folder (an earlier one of "
-        "other numbers stays, as ….1.json)"
+        "a .json file; by default evaluation_<split>.json in the run's folder (an earlier one with "
+        "other numbers is kept as ….1.json)"
     ),
-    "overwrite": Option("write over a file that is there", False, kind="boolean"),
+    "overwrite": Option("replace an existing file", False, kind="boolean"),
 }
 
 

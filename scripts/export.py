@@ -31,10 +31,10 @@ NEEDS = {
 OPTIONS = {
     "run": Option("the run's folder", required=True),
     "format": Option("onnx, pt2 (torch.export) or safetensors", choices=(*NEEDS,), required=True),
-    "output": Option("the file to write; without it model.<format> in the current folder"),
-    "overwrite": Option("write over a file that is there", False, kind="boolean"),
-    "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
-    "check": Option("compare with the model over the test split", True, kind="boolean"),
+    "output": Option("the file to write; by default model.<format> in the current folder"),
+    "overwrite": Option("replace an existing file", False, kind="boolean"),
+    "checkpoint": Option("best, last or a name such as step_00000460", "best"),
+    "check": Option("compare the file with the model over the test split", True, kind="boolean"),
 }
 
 

@@ -19,16 +19,18 @@ from regrow.processes.terminal import may_be_unread
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
-    "prompt": Option("the text to continue; without it a document begins", ""),
-    "tokens": Option("at most so many tokens; a document may end earlier", 500, kind="integer"),
+    "prompt": Option("the text to continue; by default a new document", ""),
+    "tokens": Option(
+        "the most tokens to generate; a document may end earlier", 500, kind="integer"
+    ),
     "temperature": Option("below 1: likelier tokens; 0: the likeliest", 1.0, kind="number"),
     "top_k": Option(
-        "draw from so many of the likeliest tokens; without it from all", kind="integer"
+        "draw from this many of the likeliest tokens; by default from all", kind="integer"
     ),
-    "seed": Option("another seed draws another text", 0, kind="count"),
-    "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
+    "seed": Option("a different seed gives a different text", 0, kind="count"),
+    "checkpoint": Option("best, last or a name such as step_00000460", "best"),
     "device": Option(
-        "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
+        "auto, cpu, cuda or mps; by default the run's own", choices=("auto", "cpu", "cuda", "mps")
     ),
 }
 

@@ -28,11 +28,13 @@ OPTIONS = {
     "data": Option("a data set of conf/data; data.<key>=… sets its keys, as for train.py"),
     "inputs": Option("the field of an item that is the input, such as image"),
     "targets": Option("the field of an item that is the target, such as label"),
-    "shard_mb": Option("bytes of a shard, in millions", 256.0, kind="number"),
-    "block_mb": Option("bytes that are read at once, in millions", 1.0, kind="number"),
-    "shuffle": Option("permute train, so that a block holds a mixture", True, kind="boolean"),
-    "seed": Option("another seed gives another order and other splits", 0, kind="count"),
-    "overwrite": Option("write over shards that are there", False, kind="boolean"),
+    "shard_mb": Option("size of a shard in 10⁶ bytes", 256.0, kind="number"),
+    "block_mb": Option("size of what one read fetches, in 10⁶ bytes", 1.0, kind="number"),
+    "shuffle": Option("permute train, so that each block holds a mixture", True, kind="boolean"),
+    "seed": Option(
+        "a different seed gives a different order and different splits", 0, kind="count"
+    ),
+    "overwrite": Option("replace existing shards", False, kind="boolean"),
 }
 
 

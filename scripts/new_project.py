@@ -391,12 +391,12 @@ USAGE = f"""{__doc__.partition(chr(10) + chr(10))[0]}
   name=…       'Deep Fish' gives the package deep_fish; also as the first argument
   dest=…       a folder that is new or empty; also as the second argument
   untracked=…  refuse: write nothing if git does not track a module or config of yours
-               copy: take the files along that git does not track
-               leave: do without them [refuse; with files_only=true leave]
-  files_only=… true: write the files alone, without a git repository [false]
+               copy: copy the files that git does not track, too
+               leave: leave them out [refuse; with files_only=true leave]
+  files_only=… true: write only the files, without a git repository [false]
 
-Files that git tracks are copied as they are now, changes that are not committed included. Data,
-runs and what .gitignore names stay behind."""
+Files that git tracks are copied as they are now, uncommitted changes included. Data, runs and what
+.gitignore names stay behind."""
 UNTRACKED = ("refuse", "copy", "leave")
 
 

@@ -36,13 +36,13 @@ OPTIONS = {
     "run": Option("the run's folder", required=True),
     "input": Option("an image, a folder of images, .npy or .csv", required=True),
     "output": Option(
-        "the .csv file to write, or the folder of masks; without it predictions.csv, or "
+        "the .csv file to write, or the folder of masks; by default predictions.csv, or "
         "predictions/ for masks, in the current folder"
     ),
-    "overwrite": Option("write over a file that is there", False, kind="boolean"),
-    "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
+    "overwrite": Option("replace an existing file", False, kind="boolean"),
+    "checkpoint": Option("best, last or a name such as step_00000460", "best"),
     "device": Option(
-        "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
+        "auto, cpu, cuda or mps; by default the run's own", choices=("auto", "cpu", "cuda", "mps")
     ),
     "skip_broken": Option(
         "leave out images of the folder that cannot be read, and name them", False, kind="boolean"

@@ -24,8 +24,8 @@ from regrow.record.ownership import SWEEP
 from regrow.sweep import results
 
 OPTIONS = {
-    "output": Option("the page, a .html file; in the folder unless given"),
-    "overwrite": Option("write over a page or table that is there", False, kind="boolean"),
+    "output": Option("the page to write, a .html file; by default in that folder"),
+    "overwrite": Option("replace an existing page or table", False, kind="boolean"),
 }
 
 

@@ -43,9 +43,9 @@ from regrow.record.redact import redact_all
 
 OPTIONS = {
     "run": Option("the folder of a complete run", required=True),
-    "config_dir": Option("--config-dir of the run, which a folder does not add by itself"),
-    "config_path": Option("its --config-path, likewise"),
-    "searchpath": Option("its hydra.searchpath, likewise"),
+    "config_dir": Option("the run's --config-dir, which its folder does not add by itself"),
+    "config_path": Option("the run's --config-path, likewise"),
+    "searchpath": Option("the run's hydra.searchpath, likewise"),
 }
 ROOT = CONF.parent
 
@@ -91,7 +91,7 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     if found := first_difference(run, again, given):
         print(f"\nnot identical: {printable(found)}\n\nthe second run: {again}")
         if before.get("resumes"):
-            print("It was resumed: with another limit or key than it began with, it cannot be.")
+            print("The run was resumed. If a key changed at a resume, it cannot be identical.")
         return 1
     count, weights = len(lines_of(run)), weights_of(run)
     print(f"\nidentical: {count} lines of {records.METRICS}, and the weights, {weights}")

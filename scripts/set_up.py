@@ -81,7 +81,7 @@ def asked_for() -> str:
     """Return "yes" or "no" from the argument lock=…; "" without one, to keep .venv's own choice."""
     key, _, lock = "".join(sys.argv[1:]).partition("=")
     if key not in ("", "lock") or lock not in ("", "yes", "no"):
-        sys.exit(f"set-up: LOCK={lock}: it is yes or no. {WITHOUT_LOCK} installs the ranges.")
+        sys.exit(f"set-up: LOCK={lock} must be yes or no. {WITHOUT_LOCK} installs the ranges.")
     return lock
 
 
@@ -337,7 +337,7 @@ def finish(installed_from: str) -> None:
 def main() -> None:
     if is_complete():
         if lock := asked_for():
-            say(f"LOCK={lock}: .venv is complete and was made with it, so nothing is to be done")
+            say(f"LOCK={lock}: .venv is complete and was made with it, so there is nothing to do")
         return
     with alone() as lock:
         if is_complete():  # the set-up that we waited for made it

@@ -1,8 +1,8 @@
 """Update this project's engine: make update FROM=<checkout or clone URL of a newer template>
 
-Replaces src/regrow, src/hydra_plugins and tests/engine. Merges the template's changes of conf/,
-scripts/, requirements, Makefile and its other files into yours, except for your package, your tests
-and README.md. Stages the result, or changes nothing. KEEP="<path> …" keeps your versions of these
+Replaces src/regrow, src/hydra_plugins and tests/engine. Merges the template's changes to conf/,
+scripts/, requirements, Makefile and other files into yours, except for your package, your tests and
+README.md. Stages the result, or changes nothing. KEEP="<path> …" keeps your versions of these
 files unmerged. MIGRATED=<n> confirms that your package fits version n of the Protocols.
 """
 

@@ -139,7 +139,7 @@ def test_each_refusal_of_another_seed_names_all_that_it_takes(
     start(*CSV, "trainer.max_epochs=1")
     with pytest.raises(SystemExit):
         resumed(MORE, "seed=1")
-    (named,) = re.findall("to change it all the same: (.*)", capsys.readouterr().err)
+    (named,) = re.findall("to change it anyway: (.*)", capsys.readouterr().err)
     assert named == "data.seed=1 data.source.seed=1"
     with pytest.raises(SystemExit):
         resumed(MORE, "seed=1", *named.split())

@@ -94,7 +94,7 @@ BAD = {
     "hydra.runtime.cwd=x": "hydra.runtime.cwd=x: Hydra fills it itself. Leave it out.",
     "~hydra.callbacks.check": "it checks a config before a run starts. Leave it as it is.",
     "model._target_=torch.nn.Linear model.bias=false": "and no file lists it. Add a plus: +mod",
-    "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is of a sweep: add -m.",
+    "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is for a sweep: add -m.",
     "-m +hydra.job.env_set.A=1": "Set it in the shell: A=1 python …",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
     "data.image_size=64": "channels first: 'data.input_shape=[3,64,64]'",
@@ -196,8 +196,8 @@ BAD = {
     "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half must be one of fp32, bf16",
     "trainer.fsdp.param_dtype=fp16": "small gradients vanish without a loss scale",
     'name="a\x07b"': "must be text of one line",
-    "hydra.sweep.dir=mine": "hydra.sweep.dir=mine is of a sweep. A run's folder is hydra.run.dir",
-    "-m hydra.run.dir=mine": "is of one run. A sweep's folder is hydra.sweep.dir",
+    "hydra.sweep.dir=mine": "hydra.sweep.dir=mine is for a sweep. A run's folder is hydra.run.dir",
+    "-m hydra.run.dir=mine": "is for one run. A sweep's folder is hydra.sweep.dir",
     "-m seed=range(0)": "seed=range(0): there is no value in it.",
     "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 must be a number above 0.",
 }
@@ -288,7 +288,7 @@ SET_ONE = {
 # Errors whose advice leads to another error, and that error.
 NEXT = {
     "loss.beta=1": "loss=smooth_l1 is for task=regression",
-    "data=csv": "data.num_classes must be given: add data.num_classes=… (null for a regression)",
+    "data=csv": "data.num_classes must be given: add data.num_classes=… (null for regression)",
     "data=image_folder": "data.root must be given",
     "trainer.max_epochs=0": "the run would never end",  # null
     "model._target_=torch.nn.Linearr": "takes no such argument",
@@ -722,7 +722,7 @@ def test_help_of_a_group_shows_its_options_and_the_keys_of_the_chosen_one(tmp_pa
     assert "* linear" in said and "  cosine" in said and "Half a cosine down to" in said
     assert "Keys of scheduler=linear:\n  _target_: lab.schedules.linear\n" in said
     line = next(line for line in said.splitlines() if "warmup_steps=7" in line)
-    assert "linear; the first step" in line and "(default null)" in said
+    assert "steps of a linear warm-up" in line and "(default null)" in said
     assert "[an integer of at least 0, or null]" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80
 
@@ -762,7 +762,7 @@ def test_help_of_keys_shows_comment_default_and_range(tmp_path: Path) -> None:
     assert "trainer.checkpoint.keep_best=1" in said and "[an integer of at\n" in said
     assert "model.norm=layer" in said and "none, layer, batch (batch statistics" in said
     assert "data.source (data=digits)" in said and "data.source.val_fraction=0.1" in said
-    assert "seed=0\n  of the model, of shuffling" in said
+    assert "seed=0\n  seeds the model, shuffling" in said
 
 
 def test_help_of_a_dotted_key_says_what_it_is_and_how_to_type_it(tmp_path: Path) -> None:

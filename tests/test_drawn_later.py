@@ -46,7 +46,7 @@ def test_a_run_that_was_killed_while_it_was_drawn_is_drawn_when_it_is_repeated(
     launched("hydra.run.dir=run", draws=True)
     assert (run / "report.html").is_file() and list((run / "plots").glob("*.png"))
     said = capfd.readouterr()
-    assert "complete but for its plots" in said.out + said.err
+    assert "complete except for its plots" in said.out + said.err
     assert "run is complete. To" in said.out + said.err
     page = (run / "report.html").stat().st_mtime_ns
     launched("hydra.run.dir=run", draws=True)  # nothing is missing, so nothing is drawn

@@ -31,9 +31,9 @@ SAID = {
     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
     "workers are out of shared memory.": "data.num_workers=0 or a smaller data.batch_size",
     "unable to write to file </torch_7_1_0>: No space left on device (28)": "/dev/shm",
-    "DataLoader worker (pid 7) is killed by signal: Killed. ": "killed by signal 9, most often for",
+    "DataLoader worker (pid 7) is killed by signal: Killed. ": "killed by signal 9, most often",
     "DataLoader worker (pid 7) is killed by signal: Segmentation fault. ": "(segmentation fault)",
-    "DataLoader worker (pid(s) 7, 8) exited unexpectedly": "ended without a word",
+    "DataLoader worker (pid(s) 7, 8) exited unexpectedly": "ended without an error message",
     "can't start new thread": "ulimit -u",
     "[Errno 12] Cannot allocate memory": "no memory left",
     "[a.cc:78] Timed out waiting 8000ms for recv": "trainer.timeout_seconds (8): it hangs",
@@ -164,7 +164,7 @@ def test_a_killed_data_worker_is_one_line_and_the_rest_in_the_log(
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "a data worker was killed by signal 9, most often for want of memory" in said
+    assert "a data worker was killed by signal 9, most often because memory ran out" in said
     assert "Traceback" not in said and len(said.splitlines()) <= 4
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
     assert "data.num_workers" in read_json(tmp_path / "run" / "status.json")["error"]
@@ -241,7 +241,7 @@ def test_a_read_only_home_is_one_warning_and_the_run_completes(tmp_path: Path) -
         **dict.fromkeys(names, str(home)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert said_once(done).startswith("warning: this run is not entered as yours (")
+    assert said_once(done).startswith("warning: this run could not be listed as yours (")
 
 
 @needs_mounts

@@ -68,7 +68,7 @@ def test_figures_on_a_step_are_those_of_the_results() -> None:
     least, most = (ratio(default, name) for name in ("Ignite", "Lightning, as its Hydra template"))
     readme = prose("README.md")
     assert f"({ratio(default, 'train.py'):.2f} on a quiet machine)" in readme
-    assert f"in other engines {least:.1f} to {most:.1f} times" in readme
+    assert f"In other engines, it takes {least:.1f} to {most:.1f} times" in readme
     slowest = ratio(small, "Lightning, as its Hydra template")
     assert f"with a smaller model up to {slowest:.1f}" in readme
 
@@ -77,7 +77,7 @@ def test_figures_on_switches_and_memory_are_those_of_the_results() -> None:
     digits = "Switches of the trainer, for a step of a small CNN on 8×8 digits"
     alone = ratio(digits, "trainer.channels_last=true")
     both = ratio(digits, "trainer.precision=bf16, channels_last")
-    said = f"channels_last makes a step {alone:.2f} times as long, bf16 beside it {both:.2f}"
+    said = f"channels_last takes {alone:.2f} of a step's time, and {both:.2f} with bf16 too."
     assert said in prose("conf/experiment/digits_cnn.yaml")
     kept = "bare loop, freed memory kept"
     resnet = ratio("A training step of ResNet-18", kept)

@@ -145,7 +145,7 @@ def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
     mine = ("-cn", "mytrain", "--config-dir", "D")
     run(place, "-m", *SMALL, *mine, "seed=0,1", "hydra.sweep.dir=s")
     said = run(place, "-m", *SMALL, "seed=0,1", "hydra.sweep.dir=s", code=2)
-    assert "s holds a sweep of another config or search path" in said
+    assert "s holds a sweep with another config or search path" in said
     said = run(place, "-m", "resume=s", "seed=0,1,2", *mine)
     assert "all      3" in said
     said = run(place, "-m", "resume=s", "--config-name", "train", code=2)

@@ -606,7 +606,7 @@ def test_a_run_without_the_list_works_and_says_what_follows(
             (tmp_path / "state").symlink_to(tmp_path / "nowhere" / "x")
     folder = run_in(tmp_path / "run", "logger=[csv]")
     (line,) = {record.getMessage() for record in caplog.records}
-    assert "not entered as yours" in line and "\n" not in line
+    assert "could not be listed as yours" in line and "\n" not in line
     assert "logger=[csv]" not in resumed(folder)
     assert "logger=[csv]" in resumed(folder, line.split()[-1])
 

@@ -49,11 +49,11 @@ def refused(folder: Path, *arguments: str, script: str = "train.py") -> str:
 
 
 FLAGS = {
-    ("-m", "--cfg", "job"): "--multirun and --cfg do not go together. --cfg shows one config",
+    ("-m", "--cfg", "job"): "--multirun and --cfg cannot be combined. --cfg shows one config",
     ("--cfg", "hydra", "--multirun"): "--multirun and --cfg|--cfg and --multirun",
     ("-m", "--info"): "--info shows one config: leave out -m",
-    ("-m", "-r"): "--multirun and --run do not go together. Leave one out.",
-    ("--cfg=job", "--info", "all"): "--cfg and --info do not go together",
+    ("-m", "-r"): "--multirun and --run cannot be combined. Leave one out.",
+    ("--cfg=job", "--info", "all"): "--cfg and --info cannot be combined",
     ("--cfg=x",): "--cfg x: it must be one of job, hydra, all.",
     ("seed=1", "--cfg"): "--cfg: its value is missing.",
     ("-cn", "--cfg", "job"): "--config-name: its value is missing.",

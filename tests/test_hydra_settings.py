@@ -76,7 +76,7 @@ EXPERIMENTS = {
     f"{HEADER}defaults:\n  - override /model:cnn\n": "experiment/x.yaml:3: an entry of its "
     "defaults",
     f"{HEADER}defaults:\n  - digits_mpl\n": "its defaults list names experiment/digits_mpl.yaml, "
-    "which is nowhere. Did you mean digits_mlp?",
+    "which does not exist. Did you mean digits_mlp?",
     f"{HEADER}optimizer.lr: 0.5\n": "In a file, write `optimizer: {lr: …}`.",
     f"{HEADER}trainer:\n  checkpoint.keep_last: 3\n": "trainer.checkpoint.keep_last: only the "
     "command line takes dots. In a file, write `checkpoint: {keep_last: …}`.",

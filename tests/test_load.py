@@ -173,7 +173,7 @@ def test_a_missing_device_is_an_error_only_where_it_was_asked_for(
     loaded = load_run(run)
     assert loaded.device.type == "cpu" and loaded.precision == "fp32"
     assert "the run's device, cuda, is missing here" in caplog.text
-    with pytest.raises(UserError, match=r"^device=cuda: this machine has none"):
+    with pytest.raises(UserError, match=r"^device=cuda: this machine has no such"):
         load_run(run, device="cuda")
     with pytest.raises(UserError, match="device=gpu must be one of"):
         load_run(run, device="gpu")
@@ -264,7 +264,7 @@ def test_a_load_that_fails_after_a_change_of_code_says_how_to_get_it_back(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    content, way = read_json(run / "manifest.json"), " Its code has changed since. "
+    content, way = read_json(run / "manifest.json"), " The run's code has changed since. "
     changed(run, model={"hidden": [13]})
     assert "not those of the model" in (before := said()) and way not in before  # the control
     others = {**content["code_files"], "src/lab/models/mlp.py": "0" * 16}
@@ -301,7 +301,7 @@ def test_a_foreign_target_is_not_made_below_or_in_a_list(run: Path, tmp_path: Pa
     evil = {"_target_": "os.makedirs", "name": str(tmp_path / "executed")}
     for group, values in (("model", {"dropout": evil}), ("data", {"class_names": [evil]})):
         spoilt = shutil.copytree(run, tmp_path / group, symlinks=True)
-        with pytest.raises(UserError, match="is not made"):
+        with pytest.raises(UserError, match="is not instantiated"):
             load_run(changed(spoilt, **{group: values}))
     assert not (tmp_path / "executed").exists()
 
@@ -354,7 +354,7 @@ def test_a_target_that_runs_a_shell_is_refused_by_any_name(
     if "command" in node:
         node = {**node, "command": "mkdir made"}
     changed(run, model=node)
-    with pytest.raises(UserError, match=r"is not made|names|is not imported"):
+    with pytest.raises(UserError, match=r"is not instantiated|names|is not imported"):
         load_run(run)
     assert not Path("made").exists()
 

@@ -95,7 +95,9 @@ def test_hydras_own_state_stays_as_it_was() -> None:
         ("seed=0,1",): "seed=0,1: several values are a sweep, not one config.",
         ("model=nope",): "model=nope: there is no such option.",
         ("-m",): "-m is a flag. compose takes overrides, such as seed=1.",
-        ("resume=a",): "resume=a: compose resumes no run. regrow.load.load_run gives its model",
+        (
+            "resume=a",
+        ): "resume=a: compose does not resume runs. regrow.load.load_run gives its model",
         "seed=1": "overrides='seed=1' must be a list, such as ['seed=1'].",
         ("optimizer.lr=${eval:1}",): "optimizer.lr: there is no resolver eval. Register it in reso",
     }.items(),

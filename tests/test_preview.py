@@ -410,12 +410,12 @@ def test_a_start_names_the_interrupted_run_of_the_same_command(tmp_path: Path) -
     first = train(tmp_path, *GIVEN)
     assert "was interrupted" not in first
     latest = (tmp_path / "outputs" / "synthetic" / "latest").resolve()
-    said = f"{latest.relative_to(tmp_path)}, of the same command, was interrupted. It resumes with:"
+    said = f"{latest.relative_to(tmp_path)}, started by the same command, was interrupted."
     assert said not in train(tmp_path, *GIVEN)  # it was complete
     latest = (tmp_path / "outputs" / "synthetic" / "latest").resolve()
     status = json.loads((latest / "status.json").read_text()) | {"state": "running"}
     (latest / "status.json").write_text(json.dumps(status))  # as a SIGKILL leaves it
-    said = f"{latest.relative_to(tmp_path)}, of the same command, was interrupted. It resumes with:"
+    said = f"{latest.relative_to(tmp_path)}, started by the same command, was interrupted."
     assert said not in train(tmp_path, *GIVEN, "seed=1", "--check")
     elsewhere = tmp_path / "elsewhere"  # outputs/ may be a link to another disk
     (tmp_path / "outputs").rename(elsewhere)
@@ -424,7 +424,7 @@ def test_a_start_names_the_interrupted_run_of_the_same_command(tmp_path: Path) -
     (here / "outputs").symlink_to(elsewhere)
     (elsewhere / "synthetic" / "latest").unlink()
     (elsewhere / "synthetic" / "latest").symlink_to(latest.name)
-    absolute = f"{elsewhere / 'synthetic' / latest.name}, of the same command, was interrupted."
+    absolute = f"{elsewhere / 'synthetic' / latest.name}, started by the same command, was"
     assert absolute in train(here, *GIVEN)
     elsewhere.rename(tmp_path / "outputs")
     (tmp_path / "outputs" / "synthetic" / "latest").unlink()

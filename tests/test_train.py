@@ -108,7 +108,7 @@ def test_a_complete_run_refuses_changes_as_an_unfinished_one_does(
     files = {**record["code_files"], "src/lab/models/mlp.py": "0" * 16}
     (tmp_path / "mine" / "manifest.json").write_text(json.dumps({**record, "code_files": files}))
     for typed in (("model.hidden=[13]",), ("model.hidden=[13]", more)):
-        assert "Its code has changed since. " in said(*typed)[1]
+        assert "The run's code has changed since. " in said(*typed)[1]
 
     def fail(*_: object) -> None:
         raise AssertionError("the data was read")
@@ -343,7 +343,7 @@ def test_a_recorded_target_that_is_foreign_to_its_place_is_not_made(
     (tmp_path / "mine" / ".hydra" / "overrides.yaml").write_text(f"- {target!r}\n")
     with pytest.raises(SystemExit):
         launched("hydra.run.dir=mine", target, "resume=mine")
-    assert "is not made" in capsys.readouterr().err
+    assert "is not instantiated" in capsys.readouterr().err
     assert not (tmp_path / "was_here").exists()
 
 

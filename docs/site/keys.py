@@ -25,7 +25,7 @@ HEAD = """# Every key of `conf/`
 `make reference` writes this page from the comments in `conf/` and from the ranges that the check
 knows. A key that is marked *given* has no default: your option or the command line must set it.
 A value `${…}` is taken from the key or the resolver that it names. Where options of a group differ,
-they stand in brackets. To add a key, see [adding an option](hydra.md#adding-an-option).
+they are in brackets. To add a key, see [adding an option](hydra.md#adding-an-option).
 """
 
 

@@ -1,1 +1,1 @@
-"""The part of the repository that is yours: what is learned, from what, and how."""
+"""Your part of the repository: what is learnt, from what, and how."""

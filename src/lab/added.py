@@ -1,6 +1,6 @@
 """Options of the lab that older runs lack, each with the value that keeps what the code did then.
 
-Give each option and each field of `state.Progress` that you add a row here, and each default that
+Add a row for each option and each field of `state.Progress` that you add, and for each default that
 you change. Otherwise no older run can be resumed.
 """
 
@@ -64,7 +64,7 @@ ADDED_PROGRESS: Mapping[str, Any] = {"empty_steps": 0}
 
 
 def progress_of(saved: Mapping[str, Any], accumulation_steps: int) -> dict[str, Any]:
-    """Return the progress of a checkpoint with the fields of today."""
+    """Return the progress of a checkpoint with today's fields."""
     progress = {**ADDED_PROGRESS, **saved}
     if "halvings" in progress:  # of the micro-batches, one per out-of-memory error
         halvings = progress.pop("halvings")

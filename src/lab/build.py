@@ -79,7 +79,7 @@ class BuiltObjects:
         """Return lines for the start of the log, each with its level of `logging`."""
         state, options, lines = self.state, self.options, []
         if world.device.type != "cpu" and not optim.skips_on_device(state.optimizer, world.device):
-            text = "it cannot skip a bad step on the device; each step waits for it once"
+            text = "it cannot skip a bad step on the device, so each step waits for the device once"
             lines.append((logging.INFO, f"optimizer: {text}"))
         if short := too_short_for_average(options, self.total_steps):
             lines.append((logging.INFO if options.ema_warmup else logging.WARNING, short))
@@ -170,7 +170,7 @@ def build(config: Checked, world: World) -> BuiltObjects:
     nodes = several.each(config["scheduler"], dict)
     schedules, warmups = {}, []
     for name, optimizer in optimizers.items():
-        node = nodes[name] if name in nodes else nodes[""]  # a single one holds for all
+        node = nodes[name] if name in nodes else nodes[""]  # a single one serves all
         schedules[name] = schedule_of(node, optimizer, length)
         warmups.append(length.warmup(node.get("warmup_steps"), node.get("warmup_fraction")))
     state = TrainState(
@@ -196,7 +196,7 @@ def build(config: Checked, world: World) -> BuiltObjects:
         ) from None
     if options.compile:
         if world.is_main:
-            log.info("the model is compiled at its first batches, for some seconds or minutes")
+            log.info("the first batches compile the model, which takes seconds or minutes")
         for each in several.by_name(model).values():
             each.compile()
     return BuiltObjects(
@@ -228,7 +228,7 @@ def with_monitor(
     """Return the options with a checked monitor and its mode; both are None without a monitor.
 
     Raises UserError for a monitor that is not measured, or whose mode is unknown. Data without val
-    has no monitor, unless it is of another set.
+    has no monitor, unless it names another set.
     """
     lacks_val = "val" not in sets and str(options.monitor).startswith("val/")
     if lacks_val or options.monitor is None:
@@ -253,7 +253,7 @@ def with_monitor(
         mode = mode or own
     if mode is None:
         raise UserError(
-            f"trainer.mode=null: neither its name nor torchmetrics says whether more of "
+            f"trainer.mode=null: neither its name nor torchmetrics says whether a higher "
             f"{options.monitor} is better. Add trainer.mode=max, or trainer.mode=min."
         )
     return dataclasses.replace(options, mode=mode)
@@ -306,7 +306,7 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
         first, odd = model_checks.check_what_fits(*what)
     else:  # all processes must make as many forward passes
         odd = model_checks.check_first_batch(*what)
-    if world.is_main and not options.find_faults:  # else the watched steps tell
+    if world.is_main and not options.find_faults:  # otherwise the watched steps report them
         for line in odd:
             log.warning("%s", line)
     if getattr(objects.data, "mixing", None) is not None:
@@ -318,7 +318,7 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
     odd = []
-    # A sharded forward pass takes all processes, and some may have a single example.
+    # A sharded forward pass involves all processes, some of which may have a single example.
     if world.mesh is None or min(world.gather(first.num_local)) > 1:
         with states_kept():
             odd = model_checks.check_forward(
@@ -387,7 +387,7 @@ def capture_of(
 
 
 def distribute_all(model: nn.Module, options: DDPOptions, world: World, exchange: Exchange) -> Any:
-    """Return what a step calls: the model, or DDP around it; several models by name."""
+    """Return what a step calls: the model, wrapped in DDP if needed; several models by name."""
     models = several.by_name(model).items()
     return several.one_or_all(
         {name: distribute(each, options, world, exchange) for name, each in models}
@@ -425,7 +425,7 @@ def plan_of(
         untrained=untrained,
     )
     peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
-    # To count the operations of a compiled model would run it uncompiled.
+    # Counting the operations of a compiled model would run it uncompiled.
     meter = Meter(None if options.compile or peak is None else peak * world.size)
     return LoopPlan(
         step=step,

@@ -39,8 +39,8 @@ def evaluate(
     """Evaluate the weights to be kept (the average if there is one) on the set `name`.
 
     Returns the values as `name/key`, and the details. Raises Interrupted if a stop is requested
-    meanwhile. Leaves the training state unchanged, except that the evaluated model's buffers, such
-    as BatchNorm's statistics, become the main process's in every process.
+    meanwhile. Leaves the training state unchanged, except that every process takes over the main
+    process's buffers of the evaluated model, such as BatchNorm's statistics.
     """
     draws = Draws(plan.step.seed, name, state.step, plan.world.rank)
     bar = name if plan.options.progress_bar and plan.world.is_main else None
@@ -126,7 +126,7 @@ def measure(
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
                 sums[EXAMPLES] += batch.num_local
             advance(bar, Totals(sums), task.running_name)
-    draws.look()  # has the last batch drawn? `begin` looks after the others
+    draws.look()  # did the last batch draw? `begin` checks the others
     summed = world.sum_(sums).tolist()
     details = {**metrics.details(), **examples}
     return {"loss": ratio(summed[LOSS], summed[WEIGHT]), **metrics.scalars()}, details

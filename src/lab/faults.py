@@ -24,20 +24,24 @@ def refuse_endless_skipping(state: TrainState, totals: Totals, plan: LoopPlan) -
     allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
     if in_a_row >= allowed:
         loss, where = float(totals.loss), optim.first_non_finite(state.model)
-        # A checkpoint of the last finite step may hold the bad weights already: do not count it.
+        # A checkpoint of the last finite step may already hold the bad weights: do not count it.
         good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
         raise FloatingPointError(
             f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
             + ("" if math.isfinite(loss) else f"; the loss itself is {loss}")
             + (f"; the first bad parameter is {where}" if where else "")
             + (f"; the last good checkpoint is {good}" if good else "")
-            + (". None was finite: look at the data and the loss" if in_a_row == state.step else "")
-            + ". Lower optimizer.lr or set trainer.clip_norm, or look with debug=anomaly."
+            + (
+                ". No step was finite: check the data and the loss"
+                if in_a_row == state.step
+                else ""
+            )
+            + ". Lower optimizer.lr, set trainer.clip_norm, or find the cause with debug=anomaly."
         )
 
 
 def make_room(state: TrainState, batch: Batch, plan: StepPlan) -> None:
-    """Undo what a step that ran out of memory has changed, and let it need less.
+    """Undo what a step that ran out of memory has changed, and make the next try need less.
 
     Frees the graphs of captured steps, or else doubles the number of micro-batches, for this step
     and all later ones. Raises SlicesTooLarge with several ranks, and UserError if the batch cannot

@@ -42,7 +42,7 @@ def fit(state: TrainState, plan: LoopPlan) -> str:
 
     Raises OSError if the run finished but its last checkpoint could not be written.
     """
-    together = plan.world.size > 1  # then no rank may stop alone: see Exchange
+    together = plan.world.size > 1  # if so, no rank may stop alone: see Exchange
     is_interrupted = False
     try:
         state.model.train()
@@ -66,7 +66,7 @@ def fit(state: TrainState, plan: LoopPlan) -> str:
                     if over := settle(state, plan):
                         break
     except Interrupted:
-        is_interrupted = True  # even after the last step: its evaluation is then missing
+        is_interrupted = True  # even after the last step, whose evaluation is then missing
         save(state, plan)
     plan.step.capture.close()
     saved = plan.checkpoints.wait()
@@ -94,7 +94,7 @@ def report(state: TrainState, result: StepResult, plan: LoopPlan) -> None:
             line["train/empty_steps"] = empty
         line |= {**clock(state, plan.world.device), **plan.meter.read()}
         plan.record.log(step, state.epoch, line)
-    # If only the device knows of a skipped step, it is read here no more often than for the log.
+    # If only the device knows whether a step was skipped, ask it no more often than for the log.
     if due(step, options.log_every_steps) or result.skipped.is_known:
         refuse_endless_skipping(state, result.totals, plan)
     if due(step, options.log_histograms_every_steps):
@@ -111,8 +111,8 @@ def settle(state: TrainState, plan: LoopPlan) -> bool:
     """Evaluate and save if due after this step. Returns True if the run is over.
 
     What is due depends on the step alone, so a run interrupted between evaluation and checkpoint
-    resumes with the missing one. A run's end is evaluated wherever it falls; if the limit is raised
-    later, that evaluation stays in the record.
+    resumes with the missing one. The end of a run is evaluated wherever it falls; if the limit is
+    raised later, that evaluation stays in the record.
     """
     options, progress = plan.options, state.progress
     ends_epoch = state.step_in_epoch == 0
@@ -133,7 +133,7 @@ def settle(state: TrainState, plan: LoopPlan) -> bool:
         tell_of_early_stop(values, state, plan)
         progress.pruned = report_to_search(state, plan)
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
-    if (ends_epoch or evaluates) and not is_saved:  # already announced when this step was saved
+    if (ends_epoch or evaluates) and not is_saved:  # a saved step was announced before
         announce(state, plan, best_before)
     over = finished(state, plan)
     stops = plan.step.exchange.stops
@@ -160,7 +160,7 @@ def save(state: TrainState, plan: LoopPlan) -> None:
     every = plan.options.checkpoint.milestones_every_epochs
     value = progress.latest.get(plan.options.monitor or "") if evaluated else None
     if value == progress.best_value and state.step != progress.best_step:
-        value = None  # a tie that `take_in` ignored: rotation would give it to the latest step
+        value = None  # a tie that `take_in` ignored: rotation would prefer the latest step
     facts = CheckpointFacts(
         step=state.step,
         epoch=state.epoch,
@@ -188,8 +188,8 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
     if options.monitor is None or mode is None:
         return
     value = values[options.monitor]
-    # Ties go to the latest step: a small validation split soon reaches its highest accuracy, with
-    # weights at half of their training. After skipped steps the weights are not newer, so ties are
+    # Ties go to the latest step: a small validation split soon reaches its highest accuracy, when
+    # the weights are half trained. After skipped steps the weights are not newer, so ties are
     # ignored.
     equals = value == progress.best_value and not state.skips[1].item()
     if equals or improves(value, progress.best_value, mode=mode):
@@ -236,7 +236,7 @@ def tell_of_empty_epoch(state: TrainState, plan: LoopPlan) -> None:
 
 
 def report_to_search(state: TrainState, plan: LoopPlan) -> bool:
-    """Report to the search, if the run is a trial. Returns True if the search ends the run here."""
+    """Report to the search, if the run is a trial. Returns True if the search ends the run now."""
     if plan.trial is None:
         return False
     ends = plan.world.is_main and plan.trial.report(state.step, state.progress.latest)

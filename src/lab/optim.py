@@ -30,7 +30,7 @@ def parameter_groups(
     """Return the trainable parameters in groups that share a learning rate and a weight decay.
 
     `lr_scale` maps patterns of parameter or module names to factors of the learning rate; the first
-    match counts. Vectors (norms, biases) get no weight decay unless `decay_norms_and_biases`.
+    match counts. Vectors (norms, biases) get weight decay only with `decay_norms_and_biases`.
     Raises UserError for a pattern that matches nothing and for a model without trainable
     parameters.
     """
@@ -52,7 +52,7 @@ def parameter_groups(
         names = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
         raise UserError(
             f"param_groups.lr_scale={dict(lr_scale)}: no trainable parameter matches "
-            f"{', '.join(sorted(unused))}, or earlier patterns, which count, match the same. The "
+            f"{', '.join(sorted(unused))}, or earlier patterns, which win, match the same. The "
             f"model's parts are {', '.join(names)}."
         )
     if not groups:
@@ -114,13 +114,13 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
 def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load moments and counters. Settings stay as configured, so a new learning rate takes effect.
 
-    The moments of another optimizer do not fit: this one then starts without moments and warns.
+    The moments of another class do not fit: then this optimizer warns and starts without moments.
     """
     state = dict(state)
     before, now = state.pop(CLASS, None), type(optimizer).__qualname__
     if is_of_another(optimizer, state, before):
         log.warning(
-            "optimizer: the checkpoint's moments are of %s and do not carry over: %s starts "
+            "optimizer: the checkpoint's moments belong to %s and do not carry over: %s starts "
             "without moments",
             *(before or "another optimizer", now),
         )
@@ -135,7 +135,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
             "optimizer and param_groups as they were, or start a new run with init_from=…"
         ) from error
     kind = type(optimizer)
-    # A class of the user's own may change its arguments as it trains: they are then state.
+    # A user's own class may change its arguments as it trains, which makes them state.
     is_known = kind.__module__.startswith(("torch.optim", __name__))
     arguments = inspect.signature(kind).parameters.keys() if is_known else set()
     names = (SETTINGS | arguments) - {"params", "lr"}
@@ -186,7 +186,7 @@ def refuse_other(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | None) -> bool:
     """Return True if a checkpoint's moments belong to another class than `optimizer`.
 
-    Older records lack the class, so their settings decide: two classes each have some that the
+    Older records lack the class, so their settings decide: of two classes, each has some that the
     other lacks. If only one side has more, it may be the same class in another version of torch.
     """
     if before is not None:
@@ -215,7 +215,7 @@ def _is_on_device(lr: float | Tensor) -> bool:
 
 
 def rates(optimizers: Optimizer | dict[str, Optimizer]) -> dict[str, float]:
-    """Return `lr/x<scale>` per scaled group, and `lr` of an unscaled or else the first group.
+    """Return `lr/x<scale>` for each scaled group, and `lr` of an unscaled or else the first group.
 
     Several optimizers have `lr/<name>` and `lr/<name>/x<scale>`.
     """
@@ -233,16 +233,16 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
     return {"lr": found.get(1.0, found[first]), **scaled}
 
 
-CLASS = "class"  # the key of the optimizer's class in its part of a checkpoint
+CLASS = "class"  # the key of the optimizer's class name in its part of a checkpoint
 
-# Keys of a parameter group that are settings and not state, besides the arguments of its class.
+# Keys of a parameter group that are settings rather than state, besides its class's arguments.
 SETTINGS = {
     *("base_lr", "lr_scale", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps"),
     *("alpha", "centered", "lr_decay", "momentum_decay", "ns_steps", "adjust_lr_fn"),
     *("fused", "foreach", "capturable"),
 }
-# Settings that take a further tensor per parameter from the state, unless they are zero or false.
-# SGD begins its momentum where there is none.
+# Settings that need another tensor per parameter in the state, unless they are zero or false.
+# SGD is not here: it creates a missing momentum itself.
 NEED_MOMENTS: Mapping[str, type[Optimizer]] = {
     "momentum": torch.optim.RMSprop,
     "centered": torch.optim.RMSprop,
@@ -267,7 +267,7 @@ def evaluating(optimizers: Optimizer | dict[str, Optimizer], model: nn.Module) -
     """Switch schedule-free optimizers to their evaluation weights, then back.
 
     Such optimizers (Defazio et al., "The road less scheduled", 2024) train one point and evaluate
-    another. Their own way back is not bit-exact, so the weights are copied and restored.
+    another. Switching back is not bit-exact, so the weights are copied and restored.
     """
     switched: list[Any] = schedule_free(optimizers)
     if not switched:
@@ -286,7 +286,7 @@ def evaluating(optimizers: Optimizer | dict[str, Optimizer], model: nn.Module) -
 
 
 def schedule_free(optimizers: Optimizer | dict[str, Optimizer]) -> list[Optimizer]:
-    """Return the optimizers that evaluate other weights than they train."""
+    """Return the optimizers that evaluate different weights from those they train."""
     every = by_name(optimizers).values()
     return [each for each in every if hasattr(each, "eval") and hasattr(each, "train")]
 
@@ -319,7 +319,7 @@ def settings(optimizers: Optimizer | dict[str, Optimizer]) -> Hashable:
 
 
 def _skips_now(optimizer: Optimizer, device: torch.device) -> bool:
-    # SGD's first step allocates its momentum uninitialised and only fills it if the step runs.
+    # SGD's first step allocates its momentum uninitialised, and fills it only if the step runs.
     is_first = bool(optimizer.defaults.get("momentum") and not optimizer.state)
     return skips_on_device(optimizer, device) and not is_first
 
@@ -468,9 +468,9 @@ class MuonWithAdamW(Optimizer):
 
 @torch.no_grad()
 def muon_on_device(muon: torch.optim.Muon, skipped: Tensor) -> None:
-    """Do Muon's step with its rate as a tensor, and no change where `skipped` is 1.
+    """Do Muon's step with the learning rate as a tensor; change nothing where `skipped` is 1.
 
-    torch's own step reads the rate on the host.
+    torch's own step reads the learning rate on the host.
     """
     bad = skipped.bool()
     for group in muon.param_groups:

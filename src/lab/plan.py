@@ -34,16 +34,16 @@ class StepPlan:
     task: Task
     world: World
     seed: int
-    forward: Any  # the model, or DDP around it; for several models a mapping of these
+    forward: Any  # the model, wrapped in DDP if needed; a mapping for several models
     parameters: list[nn.Parameter]  # the trainable ones
     clipping: Clipping
     buffers: Buffers
     exchange: Exchange
     capture: Eager
-    # For record.image; other ranks than 0 have one that writes nothing.
+    # For record.image. Ranks other than 0 have one that writes nothing.
     record: Record | None = None
     untrained: Untrained = field(default_factory=Untrained)  # what the first steps do not reach
-    name: str = ""  # of one of several models, optimizers and sums: see `of`
+    name: str = ""  # the model to update, if there are several: see `of`
 
     def of(self, name: str) -> StepPlan:
         """Return the plan of an update of one of several models."""
@@ -77,7 +77,7 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """The part that the loop needs in addition. The first fields are also the step's."""
+    """The part that the loop needs besides. Some of its fields are also the step's."""
 
     step: StepPlan
     train_step: Callable[..., Any]  # (state, batch, `step`) -> StepResult; the config chooses it

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Quiet:
     """A bar that shows nothing.
 
-    A disabled tqdm bar would still start a thread and create a lock in every process that imports
-    this module, including the one that a sweep's jobs are forked from.
+    Even a disabled tqdm bar would start a thread and create a lock in every process that imports
+    this module, including the one from which a sweep's jobs are forked.
     """
 
     disable = True
@@ -109,8 +109,8 @@ def advance(bar: Any, totals: Totals, score_name: str | None) -> None:
 def announce(state: TrainState, plan: LoopPlan, best_before: float | None) -> None:
     """Log one line for an epoch or evaluation; `best_before` is the best value before it.
 
-    "epoch 2" is the end of the second epoch, "in epoch 3" lies within the third, whose means of the
-    training are not known yet.
+    "epoch 2" means the end of the second epoch. "in epoch 3" means within the third, whose training
+    means are not known yet.
     """
     progress = state.progress
     ends_epoch = state.step_in_epoch == 0
@@ -122,7 +122,7 @@ def announce(state: TrainState, plan: LoopPlan, best_before: float | None) -> No
     names += [plan.options.monitor or ""]
     shown = [f"{name} {values[name]:.4g}" for name in dict.fromkeys(names) if name in values]
     best = ""
-    # take_in moves best_step to the latest of tied values, which alone implies no improvement.
+    # take_in moves best_step to the latest of tied values, so best_step alone shows no improvement.
     if progress.best_step == state.step:
         is_tie = progress.best_value == best_before
         best = " (equals the best and replaces it)" if is_tie else " (best)"
@@ -131,9 +131,9 @@ def announce(state: TrainState, plan: LoopPlan, best_before: float | None) -> No
 
 
 def tell_of_another_rate(state: TrainState) -> None:
-    """Log if the schedule now gives another rate for the last step.
+    """Log if the schedule now gives another learning rate for the last step, and set it.
 
-    E.g. because max_epochs was raised and the cosine is longer. Sets the optimizer's rates to it.
+    For example, if max_epochs was raised, the cosine is longer.
     """
     if state.step == 0 or any(
         isinstance(each, Stateful) for each in by_name(state.schedule).values()
@@ -149,6 +149,6 @@ def tell_of_another_rate(state: TrainState) -> None:
         if not math.isclose(before, now):
             log.info(
                 "the learning rate of %s %d was %.3g and would now be %.3g: the schedule follows "
-                "what was changed",
+                "the changed settings",
                 *(f"{name}'s step" if name else "step", state.step, before, now),
             )

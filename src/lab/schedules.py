@@ -1,8 +1,8 @@
 """Learning rates as functions of the step: `step -> factor` of `optimizer.lr`.
 
 The learning rate depends on the step alone, so a resumed run follows the same curve without saved
-state. Only the plateau depends on results; its history is in the checkpoint. Every schedule gets
-the run's length from the run, never from the user, and takes a linear warm-up in steps or as a
+state. Only the plateau depends on results; its history is in the checkpoint. The run passes its
+length to every schedule; the user never does. Each takes a linear warm-up, in steps or as a
 fraction of all steps.
 """
 
@@ -103,7 +103,7 @@ def exponential(
     warmup_fraction: float | None,
     length: RunLength,
 ) -> Schedule:
-    """Decay by `gamma` per epoch, in equal factors over its steps."""
+    """Decay by `gamma` per epoch, by the same factor in each step."""
     warmup = length.warmup(warmup_steps, warmup_fraction)
     return _warmed_up(lambda step: gamma ** (step / length.steps_per_epoch), warmup)
 
@@ -237,12 +237,12 @@ def _warmed_up(factor: Callable[[int], float], warmup_steps: int) -> Schedule:
 
 
 def _ramp(step: int, warmup_steps: int) -> float:
-    # The first update has 1/warmup_steps of the learning rate, not zero, so that it is not wasted.
+    # The first update has 1/warmup_steps of the learning rate: with zero it would be wasted.
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def _progress(step: int, start: int, total: int) -> float:
-    """Return 0 at `start` and 1 after `total` updates, so that the last update is not zero."""
+    """Return 0 at `start` and 1 after `total` updates, so the last update's rate is not zero."""
     return min(1.0, max(0.0, (step - start) / max(1, total - start)))
 
 

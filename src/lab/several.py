@@ -1,7 +1,7 @@
 """Several models, optimizers or schedules by name. One of each is the common case.
 
-A mapping of names without `_target_` below `model`, `optimizer` or `scheduler` means several. Each
-optimizer updates the model of its name.
+If `model`, `optimizer` or `scheduler` is a mapping of names without `_target_`, there is one per
+name. Each optimizer updates the model of the same name.
 """
 
 from __future__ import annotations

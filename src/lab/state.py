@@ -34,7 +34,7 @@ class Progress:
     evaluations_without_improvement: int = 0  # since early stopping's reference value
     reference_value: float | None = None  # what early stopping compares with
     pruned: bool = False  # stopped by a search because other trials were better
-    num_micro_batches: int = 1  # at least as many per step: fewer ran out of memory
+    num_micro_batches: int = 1  # use at least this many per step: fewer ran out of memory
     seconds: float = 0.0  # of training, over all resumes of the run
     train_means: dict[str, float] = field(default_factory=dict)  # of the last complete epoch
     latest: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -55,7 +55,7 @@ class TrainState:
     optimizer: Optimizer | dict[str, Optimizer]
     schedule: Schedule | dict[str, Schedule]
     averaged: nn.Module | None  # the exponential moving average of the model
-    loss_scale: LossScale | None  # of fp16
+    loss_scale: LossScale | None  # for fp16
     sums: Totals  # since the epoch began
     skips: Tensor  # (2,) skipped steps: in total, and in the current streak
     steps_per_epoch: int = field(metadata=FOLLOWS)
@@ -80,7 +80,7 @@ class TrainState:
 
     @property
     def num_micro_batches(self) -> int:
-        """The micro-batches of a step: as many as asked for, or more if these did not fit."""
+        """The micro-batches of a step: as many as asked for, or more if memory did not suffice."""
         return max(self.accumulation_steps, self.progress.num_micro_batches)
 
     @property
@@ -102,7 +102,7 @@ class TrainState:
         return scalar(factor if scale is None else factor * scale.value, like)
 
     def unscaled(self, factor: float | Tensor) -> float | Tensor:
-        """Return what takes `factor` and the loss scale out of a gradient."""
+        """Return `factor` divided by the loss scale, to multiply scaled gradients by."""
         return factor if self.loss_scale is None else factor / self.loss_scale.value
 
     def update(
@@ -116,8 +116,8 @@ class TrainState:
     ) -> Skipped:
         """Update the weights with `gradients * factor`, clipped, if norm and loss are finite.
 
-        `name` is that of the optimizer; it is empty for a single one. Raises UserError if there is
-        none of this name, or if memory does not suffice.
+        `name` is the optimizer's, empty for a single one. Raises UserError if no optimizer has this
+        name, or if memory does not suffice.
         """
         optimizers = by_name(self.optimizer)
         if name not in optimizers:
@@ -126,7 +126,7 @@ class TrainState:
             )
             raise UserError(
                 f"optimizer: the step needs {wanted}, and the config has {given}. Name those that "
-                "the step needs, as model does, or choose another step."
+                "the step needs, as in model, or choose another step."
             )
         try:
             return optim.update(
@@ -212,8 +212,8 @@ class TrainState:
             missing = ", ".join(sorted(set(own) - set(parts))) or "nothing"
             unexpected = ", ".join(sorted(set(parts) - set(own))) or "nothing"
             raise UserError(
-                f"the checkpoint lacks {missing} and has {unexpected} too many. Leave what the run "
-                "keeps (model, scheduler, trainer.ema_decay, trainer.precision) as it was, or "
+                f"the checkpoint lacks {missing}; unexpected in it: {unexpected}. Leave what the "
+                "run keeps (model, scheduler, trainer.ema_decay, trainer.precision) as it was, or "
                 "start a new run with init_from=…"
             )
         models = [full("model", name) for name in by_name(self.model)]
@@ -228,9 +228,9 @@ class TrainState:
         for name in sorted({*there, *here}):
             if there.get(name) != here.get(name):
                 raise UserError(
-                    f"the checkpoint is of another model: {name} is {there.get(name, 'not')} there "
-                    f"and {here.get(name, 'not')} here. Leave the model as it was, or start a new "
-                    "run with init_from=…"
+                    f"the checkpoint is of another model: {name} is {there.get(name, 'absent')} "
+                    f"there and {here.get(name, 'absent')} here. Leave the model as it was, or "
+                    "start a new run with init_from=…"
                 )
         for name, optimizer in by_name(self.optimizer).items():
             optim.refuse_other(optimizer, parts[full("optimizer", name)])
@@ -285,11 +285,11 @@ def average_weight(
 ) -> float | Tensor:
     """Return the new weights' share of the average, `1 - decay`, for the current update.
 
-    With a warm-up the decay of update n (from 0) is at most (1 + n) / (10 + n), as in TensorFlow's
-    ExponentialMovingAverage: until it reaches `ema_decay` the average covers about the last tenth
-    of the updates, and the initial weights soon count for nothing. n is derived from the step and
-    the steps without an update, so it is not state. On a device it is a () tensor that the host
-    never reads, and for a CUDA graph the step is one as well.
+    With a warm-up, the decay of update n (from 0) is at most (1 + n) / (10 + n), as in TensorFlow's
+    ExponentialMovingAverage. Until the decay reaches `ema_decay`, the average covers about the last
+    tenth of the updates, and the initial weights soon count for nothing. n follows from the step
+    and the steps without an update, so it is not state. On a device, n is a () tensor that the host
+    never reads; for a CUDA graph, so is the step.
     """
     assert options.ema_decay is not None
     least = 1 - options.ema_decay
@@ -310,7 +310,7 @@ def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> s
     if options.ema_warmup and total_steps < needed:
         return (
             f"trainer.ema_decay={decay:g}: this run of {total_steps:,} steps is too short for it, "
-            f"as its warm-up takes {needed:,} steps. The average is over about the last tenth "
+            f"as its warm-up takes {needed:,} steps. The average covers about the last tenth "
             "of the steps"
         )
     if not options.ema_warmup and decay**total_steps > 0.01:
@@ -351,7 +351,7 @@ def update_average(
     skipped.blend_(averages, parameters, weight)
     buffers = dict(averaged.named_buffers())
     for name, source in model.named_buffers():
-        # A cache may have another shape in one of the two; it is then left unchanged.
+        # A cache may have different shapes in the two; then it is left unchanged.
         own = buffers.get(name)
         if (own is not None and own.shape == source.shape) or name not in caches(model):
             copies.append(buffers[name])

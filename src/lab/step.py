@@ -1,8 +1,8 @@
 """One update of the weights from one global batch, in micro-batches.
 
 Read from the top: `train_step` is the whole update, and each function below is one part of it. The
-micro-batches accumulate the gradient of the summed loss divided by the number of examples, over all
-processes. `update` multiplies it by one factor, which makes it the gradient of the weighted mean.
+micro-batches accumulate the gradient of the summed loss, over all processes, divided by the number
+of examples. `update` multiplies it by one factor, which makes it the gradient of the weighted mean.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepResult:
     state.set_rates()
     while not accumulate(state, batch, plan, forward):
         make_room(state, batch, plan)
-    # `capture` runs a piece of the step as it is, or replays it as a CUDA graph. Whatever differs
-    # from step to step must then be an argument of the piece.
+    # `capture` runs a piece of the step as it is, or replays it as a CUDA graph. So anything that
+    # differs from step to step must be an argument of the piece.
     step = state.step if state.averaged is None else plan.capture.number(state.step)
     given = (plan.exchange.wait(), step)
     return plan.capture.run(lambda given: update(state, batch.num_global, *given, plan), given)
@@ -59,7 +59,7 @@ def accumulate(state: TrainState, batch: Batch, plan: StepPlan, forward: Forward
     try:
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
-            # Dropout and losses must draw by the step, not by what was drawn before.
+            # Draws of dropout and losses must depend on the step, not on earlier draws.
             seed = plan.seed_of(state.step, index)
             with plan.synchronises(is_last):
                 parts.append(plan.capture.run(forward_and_backward, micro_batch, seed))

@@ -82,7 +82,7 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
         r"DataLoader worker \(pid \d+\) is killed by signal: Killed",
         lambda _: (
-            "a data worker was killed by signal 9, most often for want of memory. Lower "
+            "a data worker was killed by signal 9, most often because memory ran out. Lower "
             "data.num_workers or data.batch_size."
         ),
     ),
@@ -96,7 +96,8 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
         r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) exited unexpectedly",
         lambda _: (
-            "a data worker ended without a word. With data.num_workers=0 the run itself shows why."
+            "a data worker ended without an error message. With data.num_workers=0 the run itself "
+            "shows why."
         ),
     ),
     (
@@ -111,7 +112,7 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         r"DefaultCPUAllocator.*allocate (\d+) bytes",
         lambda found: (
             f"the machine has no memory left for a tensor of {int(found[1]) / 2**30:.3g} GiB. Use "
-            "a smaller model or data.batch_size, or more of trainer.accumulation_steps."
+            "a smaller model or data.batch_size, or more trainer.accumulation_steps."
         ),
     ),
     (
@@ -149,7 +150,7 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
         r"Unable to find (?:address|interface) for: *(\S*)|no socket interface found",
         lambda _: (
-            "the processes find no network interface to talk over. Unset or correct "
+            "the processes find no network interface to communicate over. Unset or correct "
             "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
         ),
     ),

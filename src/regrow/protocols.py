@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from regrow.processes.interrupt import StopRequest
     from regrow.randomness import Draws
 
-# A lab for version n works with each engine of version n: `make update` refuses any other. Raise it
-# when a lab must change, and say in docs/migrations.md how.
+# A lab for version n works with every engine of version n; `make update` refuses others. Raise it
+# when a lab must change, and say how in docs/migrations.md.
 VERSION = 1
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # (B, …): a model's arguments
-# (B, …); for several heads, a tensor each, by name or by place
+# (B, …); for several heads, one tensor each, by name or by position
 Targets: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Outputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # what a model returns
 Parts: TypeAlias = dict[str, dict[str, object]]  # of a checkpoint: tensors and plain containers
@@ -37,7 +37,7 @@ class Store(Protocol):
     def table(self, seed: int, epoch: int) -> Tensor:
         """Return an epoch's random choices, (N, …) on the CPU, row i for example i.
 
-        If an epoch draws an example several times, it is called with further seeds.
+        Called with further seeds if an epoch draws an example several times.
         """
         ...
 
@@ -49,8 +49,8 @@ class Store(Protocol):
 class Augmentation(Protocol):
     """An augmentation in memory.
 
-    With an attribute `only_moves_pixels = True` it promises to treat all channels alike and to fill
-    with zeros. Then masks may be one channel more, and are moved like their images.
+    An attribute `only_moves_pixels = True` promises that it treats all channels alike and fills
+    gaps with zeros. Then masks may be an extra channel, and move with their images.
     """
 
     def store(self, images: Tensor) -> Store:
@@ -66,7 +66,7 @@ class Batch(Protocol):
     weights: Tensor | None  # (B,), per example; None: all one
     num_local: int  # examples in this share; an empty share holds one example of weight zero
     num_global: int  # examples in the step, over all processes
-    first: int  # the position of the first example among them
+    first: int  # the position of this share's first example among them
 
     def split(self, slices: int) -> Sequence[Batch]:
         """Return at most `slices` micro-batches of nearly equal size, in order."""
@@ -95,7 +95,7 @@ class EvalBatches(Protocol):
         ...
 
     def start_of(self, number: int) -> int:
-        """Return the place in the split of the first of this process's examples in a batch."""
+        """Return the position in the split of this process's first example in batch `number`."""
         ...
 
 
@@ -137,11 +137,11 @@ class Loss(Protocol):
 class Task(Protocol):
     """The meaning of the outputs.
 
-    An attribute `kind` says what the predictions are. Those of multiclass, binary, multilabel and
-    regression are a table: see `regrow.runs.predictions`. With any other, or none, they are arrays.
+    An attribute `kind` says what the predictions are. For multiclass, binary, multilabel and
+    regression they are a table: see `regrow.runs.predictions`. Otherwise they are arrays.
     """
 
-    running_name: str | None  # of the score that `running` gives
+    running_name: str | None  # the name of the score that `running` returns
     sums_over_examples: bool  # False: the loss of a batch is not a sum, so it cannot be split
 
     def loss(self, outputs: Outputs, targets: Targets, weights: Tensor | None) -> Loss:
@@ -151,15 +151,15 @@ class Task(Protocol):
     def check(self, outputs: Outputs, targets: Targets) -> None:
         """Raise UserError if outputs and targets of a first batch do not fit this task.
 
-        Called with gradients enabled where that is possible: the outputs' graph identifies a
-        sigmoid reliably, values do not.
+        Called with gradients enabled if possible: the outputs' graph identifies a sigmoid reliably;
+        their values do not.
         """
         ...
 
     def predict(self, outputs: Outputs) -> Mapping[str, Tensor]:
         """Return `prediction`, and `probability` if any, of each example.
 
-        Probabilities are best in float64: in float32 there are ties.
+        Probabilities should be float64: float32 gives ties.
         """
         ...
 
@@ -171,7 +171,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, device: torch.device) -> MetricsLike:
-        """Return fresh metrics of an evaluation."""
+        """Return new metrics for an evaluation."""
         ...
 
 
@@ -195,13 +195,13 @@ class Record(Protocol):
     def image(self, name: str, image: object, *, step: int) -> None:
         """Write a figure of matplotlib or a tensor as a PNG file, once for a name and a step.
 
-        Loggers that take images get it. Tensors: (H, W), (C, H, W) or (B, C, H, W) with C = 1 or 3,
-        of uint8 or of numbers from 0 to 1. Raises UserError for anything else.
+        Loggers that take images get it too. A tensor is (H, W), (C, H, W) or (B, C, H, W) with C =
+        1 or 3, of uint8 or of numbers from 0 to 1. Raises UserError for anything else.
         """
         ...
 
     def position(self) -> int:
-        """Return the bytes of metrics.jsonl so far; a checkpoint records them."""
+        """Return the size of metrics.jsonl in bytes so far, which a checkpoint records."""
         ...
 
     def sync(self, position: int) -> None:
@@ -250,7 +250,7 @@ class Position(Protocol):
 
     step: int  # optimizer steps so far
     seconds: float  # of training, over all resumes of the run
-    num_micro_batches: int  # at least as many: fewer ran out of memory
+    num_micro_batches: int  # use at least this many: fewer ran out of memory
     evaluated_step: int  # the last evaluated step; -1: none
     best_step: int | None
     pruned: bool  # stopped by a search
@@ -303,7 +303,7 @@ class DataLike(Protocol):
     """A data set with its splits, as the engine uses it: see `regrow.feeding.loaders.Data`."""
 
     batch_size: int  # examples per step, over all processes
-    folds: int | None  # of which one is the test split; None: it is not a fold
+    folds: int | None  # one of them is the test split; None: no cross-validation
     class_names: list[str] | None
 
     @property
@@ -332,7 +332,7 @@ class DataLike(Protocol):
         ...
 
     def ids(self, name: str) -> Sequence[int | str]:
-        """Return what names each example of a split in its source."""
+        """Return the name or number of each example of a split in its source."""
         ...
 
     def fingerprint(self) -> Mapping[str, Config]:
@@ -421,13 +421,13 @@ class Plan(Protocol):
 
 
 class Added(Protocol):
-    """The lab's module `added`: what older records lack or have otherwise.
+    """The lab's module `added`: what older records lack or hold in another form.
 
     `regrow.config.older` reads it, and nothing else of the lab, before torch is imported.
     """
 
-    ADDED_KEYS: tuple[AddedKey, ...]  # that an older record lacks
-    EARLIER_DEFAULTS: tuple[EarlierDefault, ...]  # that a record keeps
+    ADDED_KEYS: tuple[AddedKey, ...]  # keys that an older record lacks
+    EARLIER_DEFAULTS: tuple[EarlierDefault, ...]  # defaults that a record keeps
     REMOVED_KEYS: tuple[tuple[str, str], ...]  # (`_target_`, key) that the code no longer accepts
 
 

@@ -255,7 +255,7 @@ def refused(train: Any, **changes: Any) -> str:
 
 
 def test_data_without_classes_or_weights_is_one_line() -> None:
-    assert "Noisy does not tell its classes" in refused(Noisy(13, 0), sampling="balanced")
+    assert "Noisy does not give its classes" in refused(Noisy(13, 0), sampling="balanced")
     assert "use it with data=csv" in refused(Noisy(13, 0), sampling={"column": "w"}).lower()
     short = Listed(13, 0)
     short.targets = [0, 1]

@@ -196,7 +196,7 @@ def test_series_whose_small_features_are_flattened_are_warned_of(
         data_of(Examples(inputs, torch.zeros(len(inputs))), **how).train(device=CPU)
         return caplog.text
 
-    assert "data.normalize=train: of inputs [12, 3] it takes the first dimension" in said(series)
+    assert "data.normalize=train treats the first dimension of inputs [12, 3]" in said(series)
     assert "have standard deviations of 0.00" in caplog.text
     for fine in (
         series.transpose(1, 2),  # (N, features, time)

@@ -188,7 +188,7 @@ def test_two_processes_read_some_1_4_times_as_many_examples() -> None:
         for number in range(len(windows))
     )
     page = (CONF.parent / "docs" / "recipes" / "mixing.md").read_text(encoding="utf-8")
-    assert f"with two processes some {read / count:.1f} times" in page
+    assert f"with two processes, some {read / count:.1f} times" in page
 
 
 def test_a_rank_without_an_example_in_the_last_window_still_gets_a_batch() -> None:

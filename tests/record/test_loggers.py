@@ -710,8 +710,8 @@ def test_loggers_of_ones_own_take_what_they_like_and_end_no_run(
     assert Short.seen and len(Short.seen) == len(read_metrics(tmp_path / "run"))
     said = [record.getMessage() for record in caplog.records if record.name != "regrow.file"]
     assert said[:2] == [
-        "logger.gone: ConnectionError: no route to host. The run does without it.",
-        "logger.dumb: TypeError: a Dumb has no method log. The run does without it.",
+        "logger.gone: ConnectionError: no route to host. The run continues without it.",
+        "logger.dumb: TypeError: a Dumb has no method log. The run continues without it.",
     ]
     nodes: Any = {"named": functools.partial(Named, url="here")}
     opened = open_loggers(tmp_path, nodes, position=None, **without_folder(tmp_path, None))

@@ -462,7 +462,7 @@ def test_code_missing_from_the_record_is_named(
     write(run, bare)
     assert manifest.way_back(run, bare) == ""
     (bare / "src" / "a.py").write_text("x = 1\n")
-    said = " Its code has changed since. It was not recorded: not a git repository."
+    said = " The run's code has changed since. It was not recorded: not a git repository."
     assert manifest.way_back(run, bare) == said
     assert manifest.way_back(tmp_path / "nothing", bare) == ""
 

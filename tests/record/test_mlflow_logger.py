@@ -303,7 +303,7 @@ def test_a_run_begins_without_a_server_that_does_not_answer(
         start = time.monotonic()
         loggers = opened(tmp_path, None, tracking_uri=where, timeout_seconds=1)
         assert time.monotonic() - start < 30  # MLflow's own limits: 16 minutes
-    assert not loggers.trackers and "The run does without it" in caplog.text
+    assert not loggers.trackers and "The run continues without it" in caplog.text
     loggers.close()
 
 
@@ -343,7 +343,7 @@ def test_a_failure_that_may_pass_begins_no_second_run(
     with closing(sqlite3.connect(database / "mlflow.db")) as connection:
         connection.execute(refusing)
     loggers = opened(database, None)
-    assert not loggers.trackers and "The run does without it" in caplog.text
+    assert not loggers.trackers and "The run continues without it" in caplog.text
     loggers.close()
     with closing(sqlite3.connect(database / "mlflow.db")) as connection:
         connection.execute("DROP TRIGGER t")

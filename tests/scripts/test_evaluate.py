@@ -327,7 +327,7 @@ def test_a_folder_whose_name_is_a_number_is_taken_literally(
 
 def test_only_a_script_about_a_run_says_that_the_rest_comes_from_it() -> None:
     for options, said in (
-        ({"run": Option("")}, "There are run; all else"),
+        ({"run": Option("")}, "There are run; everything else"),
         ({}, "There are none."),
     ):
         with pytest.raises(UserError, match=re.escape(said)):

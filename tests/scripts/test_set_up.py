@@ -213,7 +213,7 @@ def test_another_lock_than_that_of_a_complete_venv_is_installed(
         set_up.main()
         assert calls == expected
         said = capsys.readouterr().err
-        assert ("nothing is to be done" in said) != bool(expected)
+        assert ("there is nothing to do" in said) != bool(expected)
     assert read_json(set_up.STAMP)["lock"] == "no"
 
 

@@ -262,7 +262,7 @@ def test_a_search_over_folds_or_seeds_is_warned_of() -> None:
         return search.warning_of(space, dataclasses.replace(SEARCH, **changes))
 
     assert said() is None
-    assert str(said("data.fold")).startswith("data.fold: the search takes each value for another")
+    assert str(said("data.fold")).startswith("data.fold: the search treats each value as another")
     assert str(said("seed", "+data.fold")).startswith("seed and data.fold: the search")
     assert said("data.fold", sampler="grid") is None  # which tries them all
 

@@ -149,7 +149,7 @@ def test_a_job_that_somebody_changed_is_named(grid: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     done = sweep(tmp_path, "resume=sweep")
     assert done.returncode == 0, done.stderr
-    said = "by itself it went on with trainer.max_epochs=4, which the sweep does not have"
+    said = "it was resumed by itself with trainer.max_epochs=4, which the sweep does not have"
     assert f"completed: job 2, optimizer=sgd seed=0: {said}" in done.stdout
     assert [row["reason"] for row in table(mine)] == ["", "", said, ""]
     assert said in (mine / "sweep.html").read_text()
@@ -203,7 +203,7 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
         (("sweep=optuna", "seed=0,1", "sweep.metric=accuracy"), "Did you mean"),
         (
             ("sweep=optuna", "optimizer.lr=interval(1,2)", "sweep.sampler=grid"),
-            "no end of values",
+            "infinitely many values",
         ),
         (("sweep=optuna", "seed=0,1", "sweep.n_trials=0"), "sweep.n_trials=0 must be"),
         (("sweep=optuna", "seed=0,1", "sweep.metric=[]"), "or a list of 1 or more"),

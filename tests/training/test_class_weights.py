@@ -56,7 +56,7 @@ def test_balanced_weights_count_neither_ignored_targets_nor_absent_classes() -> 
     assert balanced_weights(data) == [expected[0], 1.0, expected[1]]
     with pytest.raises(UserError, match=r"^loss.class_weights=balanced: .* a list with a weight"):
         balanced_weights(data_of([0, 1], 2, target_kind="segmentation"))
-    with pytest.raises(UserError, match=r"does not tell its classes\. Give a list"):
+    with pytest.raises(UserError, match=r"does not give its classes\. Give a list"):
         balanced_weights(data_of([0, 1], 2, source=SimpleNamespace(train=[3, 4])))
 
 
@@ -130,7 +130,7 @@ def test_an_evaluation_has_the_weights_that_training_counted(
 
 def test_an_unknown_name_and_weights_that_nothing_counted_are_refused() -> None:
     fields: dict[str, Any] = {"label_smoothing": 0.0, "ignore_index": None}
-    with pytest.raises(UserError, match=r"^loss.class_weights=balanced: only a run counts"):
+    with pytest.raises(UserError, match=r"^loss.class_weights=balanced: outside a run"):
         CrossEntropy(class_weights="balanced", **fields)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^loss.class_weights=\[-1\] holds a negative number"):
         CrossEntropy(class_weights={"cat": -1}, **fields)

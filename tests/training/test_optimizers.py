@@ -326,7 +326,7 @@ def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
         assert decay == (0.2 if parameter.ndim > 1 else 0.0), name
     with pytest.raises(UserError, match="no trainable parameter matches backbone"):
         optim.parameter_groups(model, lr_scale={"backbone": 0.1}, decay_norms_and_biases=False)
-    with pytest.raises(UserError, match="matches 6, or earlier patterns, which count, match the"):
+    with pytest.raises(UserError, match="matches 6, or earlier patterns, which win, match the"):
         optim.parameter_groups(model, lr_scale={"*": 0.1, "6": 1}, decay_norms_and_biases=False)
     model.requires_grad_(False)
     with pytest.raises(UserError, match="requires_grad is false for all parameters"):

@@ -3,9 +3,9 @@
 Images in memory are augmented a batch at a time. An object such as `CropFlip` lays them out once
 (`store`), draws one table of random numbers per epoch, with a row per example (`table`), and reads
 augmented examples by index (`gather`), so an augmented example does not depend on its batch. Images
-in files are augmented one by one in the workers by any callable on a PIL image, such as `Photo`;
+in files are augmented one by one in the workers, by any callable on a PIL image, such as `Photo`;
 torch, numpy and `random` are seeded for each example before the call. `MixUp` and `CutMix` blend an
-example with a partner of its batch, by random numbers that the example gets for the epoch.
+example with a partner from its batch, by random numbers that each example has for an epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from regrow.errors import UserError
 from regrow.feeding.mixing import Mix
 from regrow.randomness import generator
 
-WRITTEN_BYTES = 1 << 22  # up to this size all crops are written out, in some milliseconds
+WRITTEN_BYTES = 1 << 22  # up to this size all crops are written out, which takes milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class CropFlip:
     padding_mode: str
     alternate_flips: bool
 
-    only_moves_pixels = True  # so a mask may be one channel more
+    only_moves_pixels = True  # so a mask may be an extra channel
 
     def __post_init__(self) -> None:
         require("data.augmentation.pad", self.pad)
@@ -116,7 +116,7 @@ def _reflected(images: Tensor, pad: int) -> Tensor:
         last = images.shape[dim] - 1
         if pad > last:
             raise UserError(
-                f"data.augmentation.pad={pad} reflects more than images of {last + 1} pixels have. "
+                f"data.augmentation.pad={pad} reflects more pixels than images of {last + 1} have. "
                 f"Use {last} at most, or data.augmentation.padding_mode=constant."
             )
         places = torch.arange(-pad, last + 1 + pad, device=images.device)
@@ -128,8 +128,8 @@ def _reflected(images: Tensor, pad: int) -> Tensor:
 class Photo:
     """RandomResizedCrop to (C, H, W), random mirror and ColorJitter, on one PIL image.
 
-    With a mask as a second argument, returns both: the mask is moved like the image. The decoder
-    torchvision gives uint8 (C, H, W) instead of a PIL image.
+    With a mask as a second argument, returns both, the mask moved like the image. With the decoder
+    torchvision, the image is uint8 (C, H, W) instead of PIL.
     """
 
     takes = "pixels"
@@ -180,7 +180,7 @@ class CropResized:
 class MixUp(Mix):
     """Blend two examples of any shape, by a share from Beta(alpha, alpha) (Zhang et al., 2018)."""
 
-    alpha: float  # 0.2: mostly one of the two; 1: any share is as likely
+    alpha: float  # 0.2: mostly one of the two; 1: every share is equally likely
 
     num_numbers = 1
 
@@ -204,7 +204,7 @@ class CutMix(Mix):
     num_numbers = 3  # the share, and the centre of the box
 
     def draw(self, numbers: Tensor) -> Tensor:
-        side = (1 - _beta(self.alpha, numbers[:, :1])).sqrt()  # in parts of the image's
+        side = (1 - _beta(self.alpha, numbers[:, :1])).sqrt()  # as a fraction of the image's
         return torch.cat([side, numbers[:, 1:]], 1)
 
     def __call__(self, inputs: Tensor, partners: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ class CutMix(Mix):
 def _beta(alpha: float, uniform: Tensor) -> Tensor:
     """Return Beta(alpha, alpha) numbers by the inverse of their distribution function.
 
-    It takes one uniform number per example, where a sampler would reject some and draw again.
+    This takes one uniform number per example; a sampler would reject some and draw again.
     """
     from scipy.special import betaincinv
 

@@ -88,7 +88,7 @@ def digit_scenes(
     """Return grey scenes of one to `most_digits` of those digits on texture, with masks.
 
     A pixel's class is that of its digit, 0 … 9, or 10 for the background. Faint ink is 255. The
-    scenes of a split hold its own digits alone. Integers alone are drawn and computed with, so that
+    scenes of a split hold only its own digits. Everything is drawn and computed in integers, so
     every machine gets the same scenes.
     """
     images, classes = _digits()
@@ -219,7 +219,7 @@ def synthetic(
     }
     if target_kind not in made:
         raise UserError(
-            f"data.target_kind={target_kind}: synthetic examples have targets of another kind. Use "
+            f"data.target_kind={target_kind}: synthetic examples have no targets of this kind. Use "
             f"{', '.join(made)}, or other data."
         )
 
@@ -243,7 +243,7 @@ def synthetic(
 def text(*, root: str, **options: Any) -> Splits:
     """Return the splits of a text, with the options of `regrow.feeding.texts.text`.
 
-    Where there is no `root`, a text of this name in data/texts/ is taken: persuasion.
+    If `root` does not exist, a text of this name in data/texts/ is used: persuasion.
     """
     shipped = TEXTS / root
     is_named = shipped.is_dir() and not Path(root).exists()
@@ -369,7 +369,7 @@ def from_datasets(
     collate: Callable[[list[Any]], Any] | None,
     sets: Mapping[str, MapStyle] | None = None,
 ) -> Splits:
-    """Return splits of your own map-style data sets, with their classes named in YAML.
+    """Return splits of your own map-style data sets, which you name in YAML.
 
     The rest of `data` stays as it is.
 
@@ -384,14 +384,14 @@ def from_datasets(
           normalize: none
           augmentation: null
 
-    An item is `(inputs, targets)` or a mapping with inputs, targets and optionally weights, or
-    anything that `collate` makes a batch of; inputs and targets are a tensor, or a tuple or mapping
-    of tensors. torch, numpy and `random` are seeded for each
-    item from (seed, epoch, index), so items may draw from them; batches are not reproducible for a
-    data set that keeps its own random state. uint8 images (C, H, W) can be normalised with
-    `normalize: imagenet` or a given mean and std. A resume compares 16 items of each split with
-    those of the earlier run; a method `fingerprint()` that returns a text replaces that. A method
-    `set_epoch(epoch)`, for a curriculum, is called in each process before the first item of an
-    epoch; evaluations are epoch 0. `data.sampling` reads an attribute `targets` or `draw_weights`.
+    An item is `(inputs, targets)`, a mapping with inputs, targets and optionally weights, or
+    anything that `collate` can make a batch of. Inputs and targets are a tensor, or a tuple or
+    mapping of tensors. torch, numpy and `random` are seeded for each item from (seed, epoch,
+    index), so items may draw from them; if a data set keeps its own random state, batches are not
+    reproducible. uint8 images (C, H, W) can be normalised with `normalize: imagenet` or a given
+    mean and std. A resume compares 16 items of each split with those of the earlier run, or instead
+    the text that a method `fingerprint()` returns. A method `set_epoch(epoch)`, for a curriculum,
+    is called in each process before the first item of an epoch; evaluations are epoch 0.
+    `data.sampling` reads an attribute `targets` or `draw_weights`.
     """
     return Splits(train, val, test, sets or {}, collate=collate)

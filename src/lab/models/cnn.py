@@ -19,7 +19,7 @@ class CNN(nn.Module):
     """Maps images (B, C, H, W) of any channels and sizes from 8x8 to (B, num_outputs).
 
     Each width in `channels` is a stage of two 3x3 convolutions. The image is halved between stages
-    while it has at least four rows and columns. The mean over positions goes to the head.
+    as long as it has at least four rows and columns. The mean over positions goes to the head.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
                     part.train = MethodType(_stay_in_evaluation, part)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if patterns and len(frozen) == len(list(model.parameters())):
-        raise UserError(f"model.freeze={patterns} leaves nothing to train. Take a pattern out.")
+        raise UserError(f"model.freeze={patterns} leaves nothing to train. Remove a pattern.")
     return frozen
 
 

@@ -14,8 +14,8 @@ DEVIATION = 0.02  # of initial weights
 class GPT(nn.Module):
     """Maps tokens (B, T), T up to the context, to logits (B, T, num_outputs) of the next token.
 
-    The token embedding is the output layer too. Weights start normal, those that end a residual
-    branch divided by the root of the number of branches; biases start at zero.
+    The token embedding is also the output layer. Initial weights are normal, and those that end a
+    residual branch are divided by the root of the number of branches; biases start at zero.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each on normalised values and added to them: (B, T, width)."""
+    """Attention and an MLP, each applied to normalised values and added: (B, T, width)."""
 
     def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
         super().__init__()

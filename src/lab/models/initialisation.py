@@ -39,8 +39,8 @@ def start_from_data(model: StartsFromData, inputs: Tensor) -> None:
     changed = {n for n, t in after.items() if before.get(n) != t.shape} | (before.keys() - after)
     if changed:
         raise UserError(
-            f"model: initialize_from made or changed the shape of {', '.join(sorted(changed))}. "
-            "Make it in __init__, and only fill it from the data."
+            f"model: initialize_from created or changed the shape of {', '.join(sorted(changed))}. "
+            "Create it in __init__, and only fill it from the data."
         )
     for name, tensor in after.items():
         if not tensor.isfinite().all():
@@ -84,7 +84,7 @@ def apply(model: nn.Module, scheme: str) -> None:
     draw = SCHEMES[scheme]
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            for part in module.in_proj_weight.data.chunk(3):  # each of query, key, value has a fan
+            for part in module.in_proj_weight.data.chunk(3):  # query, key, value: each its own fan
                 draw(part)
             if module.in_proj_bias is not None:
                 nn.init.zeros_(module.in_proj_bias)

@@ -29,8 +29,9 @@ class WhitenedCNN(nn.Module):
     their input on. Only the norms' shift is learnt, not their scale.
 
     In evaluation the outputs of several `views` of an image are averaged. `one`: the image.
-    `mirror`: the image and its mirror. `mirror_shift`: these two with weight a quarter each, and,
-    with an eighth each, the same for the image shifted by a pixel down and right, and up and left.
+    `mirror`: the image and its mirror. `mirror_shift`: these two, with a weight of a quarter each,
+    and the same two of the image shifted by a pixel down and right, and up and left, with an eighth
+    each.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class WhitenedCNN(nn.Module):
 def largest(features: Tensor) -> Tensor:
     """Return the largest value of each channel, (B, C).
 
-    As `amax` does, but that has no finite gradient when compiled in bf16 (torch 2.11 to 2.15): it
-    looks for the rounded maximum among values that were not rounded, and divides by their number.
+    Unlike `amax`, it has a finite gradient when compiled in bf16 (torch 2.11 to 2.15): `amax` looks
+    for the rounded maximum among values that were not rounded, and divides by their number.
     """
     return features.flatten(2).max(2).values
 

@@ -27,11 +27,11 @@ _LINEAR = ("Addmm", "Mm", "Bmm", "Linear", "Convolution", "Relu")
 
 
 def fits(loss: Loss, kind: str) -> None:
-    """Raise `UserError` if the loss declares that it is for other tasks."""
+    """Raise `UserError` if the loss says that it is for other tasks."""
     kinds = attribute(loss, "kinds", None)
     if kinds is not None and kind not in kinds:
         raise UserError(
-            f"loss={attribute(loss, 'name', loss)} does not fit task={kind}, it is for "
+            f"loss={attribute(loss, 'name', loss)} does not fit task={kind}: it is for "
             f"{' and '.join(kinds)}. Leave loss out to get the task's own, or change task."
         )
 
@@ -208,7 +208,7 @@ def regression(outputs: Tensor, targets: Tensor, num_outputs: int) -> None:
         )
     if not targets.isfinite().all():
         raise UserError(
-            "task=regression got a target that is NaN or infinite. Leave such examples out of data."
+            "task=regression got a target that is NaN or infinite. Remove such examples from data."
         )
     matched(outputs, targets)
     if num_outputs > 1 and (outputs.ndim < 2 or outputs.shape[-1] != num_outputs):
@@ -237,7 +237,7 @@ def returned(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         if tensor is not None and tensor.shape != shape:
             raise UserError(
                 f"loss returned {name} of shape {tuple(tensor.shape)} and values of shape "
-                f"{tuple(shape)}. Give them one shape."
+                f"{tuple(shape)}. Make the shapes equal."
             )
 
 
@@ -256,7 +256,7 @@ def _give(num_classes: int) -> str:
 
 
 def _pool(outputs: Tensor, num_outputs: int) -> str:
-    """Return how forward makes (B, C) of a map, such as (B, D, H, W), or a sequence."""
+    """Return advice on how forward turns a map, such as (B, D, H, W), or a sequence into (B, C)."""
     width, *places = outputs.shape[1:]
     end = "" if num_outputs in outputs.shape[1:] else f", and end in {num_outputs} outputs"
     if not any(size > 1 for size in places):
@@ -284,7 +284,7 @@ def _in_range(kind: str, targets: Tensor, num_classes: int, ignore_index: int | 
         wrong = int(valid.min()) if int(valid.min()) < 0 else int(valid.max())
         raise UserError(
             f"task={kind} got class index {wrong} with data.num_classes={num_classes}. Classes "
-            f"count from 0 to {num_classes - 1}; for targets to be left out set loss.ignore_index."
+            f"count from 0 to {num_classes - 1}; to ignore a target, set loss.ignore_index."
         )
 
 
@@ -322,7 +322,7 @@ def _no_sigmoid(outputs: Tensor, logits: bool) -> None:
 
 
 def _ends_in_sigmoid(outputs: Tensor) -> bool:
-    """Return True if `outputs` come from a sigmoid, judged by the graph, else by the values.
+    """Return True if `outputs` come from a sigmoid, judged by the graph or else by the values.
 
     Values in [0, 1] are not enough: a fresh model's logits can lie there by chance, small and all
     positive. Probabilities centre on a half or reach both ends.

@@ -40,8 +40,8 @@ Loss = Callable[[Tensor, Tensor], Any]
 def weighted(result: Any, weights: Tensor | None, num_examples: int) -> LossOutput:
     """Return a loss's result as a LossOutput, with the examples' weights (B,) multiplied in.
 
-    Its weights are None only for one value per example. A scalar, from a loss that is not a sum
-    over examples, is given to each example, so that their mean is that scalar.
+    Its weights are None only if there is one value per example. A scalar, from a loss that is not a
+    sum over examples, is assigned to each example, so that their mean is that scalar.
     """
     loss = LossOutput(result) if isinstance(result, Tensor) else LossOutput(*result)
     values, own, components = loss
@@ -108,8 +108,8 @@ class CrossEntropy:
         given: object = self.class_weights
         if given == BALANCED:
             raise UserError(
-                f"loss.class_weights={BALANCED}: only a run counts its training examples. Give a "
-                "list with a weight for each class."
+                f"loss.class_weights={BALANCED}: outside a run, no training examples are counted. "
+                "Give a list with a weight for each class."
             )
         weights = self.class_weights
         weights = [*weights.values()] if isinstance(weights, dict) else weights

@@ -4,10 +4,10 @@
 probabilities and classes, predicted and true values, or predicted and true classes of pixels and
 tokens.
 
-They count examples and ignore weights, except that a weight of zero leaves an example out. A class
-that occurs neither in the targets nor in the predictions gives NaN and is left out of averages; one
-that occurs but is never predicted has a precision of 0, as in scikit-learn. One NaN among the
-outputs makes every metric NaN: its prediction would be arbitrary.
+Metrics count examples and ignore weights, except that a weight of zero leaves an example out. A
+class that occurs neither in the targets nor in the predictions gives NaN and is left out of
+averages; one that occurs but is never predicted has a precision of 0, as in scikit-learn. One NaN
+among the outputs makes every metric NaN: its prediction would be arbitrary.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Recipe:
     no_rows: Rows  # for a process without examples
     scalars: Callable[[dict[str, Tensor]], dict[str, float]]
     details: Callable[[dict[str, Tensor]], dict[str, Any]]
-    of_extra: Callable[[Tensor], Tensor] = lambda outputs: outputs  # what extra metrics get of them
+    of_extra: Callable[[Tensor], Tensor] = lambda outputs: outputs  # what extra metrics get
 
 
 class Metrics:
-    """Metrics of one pass over a split. `update` does not wait until a chunk is full.
+    """Metrics of one pass over a split. `update` only buffers rows until a chunk is full.
 
     All processes must call `scalars`, even those without examples: torchmetrics gathers there. A
     later `details` is local.
@@ -107,9 +107,9 @@ class Metrics:
         return {} if values["_seen"][0] == 0 else self._recipe.details(values)
 
     def higher_is_better(self, monitor: str) -> bool | None:
-        """Return torchmetrics' `higher_is_better` for an extra metric; the names of others say it.
+        """Return torchmetrics' `higher_is_better` for an extra metric; for others the name says it.
 
-        So a run imports torchmetrics, which takes a second or two, at its first evaluation.
+        So a run imports torchmetrics, which takes a second or two, only at its first evaluation.
         """
         higher = getattr(self._extra.get(monitor.split("/")[1]), "higher_is_better", None)
         return higher if isinstance(higher, bool) else None
@@ -201,7 +201,7 @@ def names_of(
         raise UserError(f"{key} has {len(names)} names for {count} {of}.")
     if len(set(names)) != count:
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{key} holds {twice} twice. Give each one a name of its own.")
+        raise UserError(f"{key} holds {twice} twice. Make the names unique.")
     return names
 
 
@@ -333,8 +333,8 @@ def language_metrics(
 ) -> Recipe:
     """Return the recipe for perplexity, accuracy and, given each token's bytes, bits per byte.
 
-    All of them are over tokens, and of the plain cross entropy, whatever the loss is. Targets of
-    -100 or of `ignore_index` do not count.
+    All of them are over tokens and from the plain cross entropy, whatever the loss is. Targets of
+    -100 or `ignore_index` do not count.
     """
     names = ("perplexity", "accuracy") + (() if num_bytes is None else ("bits_per_byte",))
 
@@ -344,7 +344,7 @@ def language_metrics(
         return {"sums": TokenSums(num_tokens, num_bytes or [])}
 
     def flatten(outputs: Tensor, targets: Tensor) -> Rows:
-        """Reduce at once: a buffer of logits would hold a row of the vocabulary per token."""
+        """Reduce at once: buffered logits would take a vocabulary's row per token."""
         outputs, targets = full_precision(outputs.flatten(0, 1)), targets.flatten()
         losses = F.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="none")
         return torch.stack([losses, outputs.argmax(1).to(losses.dtype)], 1), targets
@@ -378,8 +378,8 @@ def regression_metrics(
 ) -> Recipe:
     """Return the recipe for MAE and RMSE over all values, and R² as the mean over outputs.
 
-    With several outputs, also for those of each of the `target_names`. `in_units` reverts the
-    standardisation of targets, for outputs and targets alike.
+    With several outputs, it has these also for each of the `target_names`. `in_units` reverts the
+    standardisation, for outputs and targets alike.
     """
     names, each = ("mae", "rmse", "r2"), list(target_names) if num_outputs > 1 else []
 

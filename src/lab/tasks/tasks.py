@@ -1,4 +1,4 @@
-"""Tasks: how outputs become a loss, a prediction and metrics. There is a class per kind of target.
+"""Tasks: how outputs become a loss, predictions and metrics, with a class per kind of target.
 
 All have the methods of `regrow.protocols.Task`. Shapes: B examples, C classes, labels or tokens, D
 values, T places.
@@ -322,8 +322,8 @@ class Segmentation:
 class Language:
     """The next of C tokens at each place: logits (B, T, C), targets (B, T) int64.
 
-    A target of -100 does not count, nor does the token that is the loss's `ignore_index`.
-    `vocabulary` is the record of the data's, if it has one.
+    Targets of -100, or of the loss's `ignore_index`, do not count. `vocabulary` is the data's, as
+    recorded, if they have one.
     """
 
     kind = "language"
@@ -365,7 +365,7 @@ class Language:
         self.metrics(outputs.device).rehearse(outputs, targets)
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        return None  # the largest of many logits costs a good part of a step
+        return None  # an argmax over many logits takes a good part of a step
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         return {"prediction": outputs.argmax(-1), "probability": widest(outputs).softmax(-1)}

@@ -59,7 +59,7 @@ def parse(
             data[key.removeprefix("data.")] = value if is_path else _plain(key, value)
         elif key not in options:
             known = f"{', '.join(options)}{' and data.…' if takes_data else ''}"
-            rest = "; all else comes from the run" if "run" in options else ""
+            rest = "; everything else comes from the run" if "run" in options else ""
             raise UserError(
                 f"{key}: there is no such key.{did_you_mean(key, options)} "
                 f"There are {known or 'none'}{rest}."
@@ -78,7 +78,7 @@ def usage(options: Mapping[str, Option], text: str, *, takes_data: bool = False)
         default = "" if option.default is None else f" [{_shown(option.default)}]"
         lines.append(f"  {key + '=…':14} {option.help}{default}")
     if takes_data:
-        lines.append("  data.<key>=…   swaps a key of the run's data, such as data.root")
+        lines.append("  data.<key>=…   another value for a key of the data, such as data.root")
     return "\n".join(lines)
 
 
@@ -105,7 +105,9 @@ def _plain(key: str, value: str) -> Any:
     try:
         return plain_value(value) if value else ""
     except yaml.YAMLError:
-        raise UserError(f"{key}={value} cannot be read. Put text with signs into quotes.") from None
+        raise UserError(
+            f"{key}={value} cannot be read. Put special characters in quotes."
+        ) from None
 
 
 def _shown(value: Any) -> str:

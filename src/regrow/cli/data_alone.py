@@ -70,7 +70,9 @@ def datasets_of(overrides: Sequence[str], seed: int) -> dict[str, Any]:
         key, _, text = override.partition("=")
         if value is ... or hasattr(value, "is_sweep_override"):  # an error, or several values
             typed = shell([f"{key}={quoted(text)}"])
-            raise UserError(f"{override} is not one value. Text with signs needs quotes: {typed}")
+            raise UserError(
+                f"{override} is not one value. Text with special characters needs quotes: {typed}"
+            )
         *parents, last = key.split(".")[1:]
         place = node
         for parent in parents:

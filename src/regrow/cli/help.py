@@ -37,14 +37,14 @@ COMMON = (
 )
 EXAMPLES = {
     "train": (
-        ("experiment=digits_cnn seed=1", "a recipe, and a change of it"),
+        ("experiment=digits_cnn seed=1", "a recipe with a change"),
         ("resume=outputs/digits/latest", "resume a run, or train it longer"),
         ("-m seed=0,1,2", "a sweep; -m sweep=optuna …: a search"),
-        ("--check data=csv …", "what a run would be, without a run"),
+        ("--check data=csv …", "describe a run without starting it"),
     ),
     "find_lr": (
         ("model=cnn", "suggest a learning rate"),
-        ("find_lr.max_lr=1", "search below 1"),
+        ("find_lr.max_lr=1", "search for a rate below 1"),
     ),
 }
 NARROW = 33  # the column of comments on a page of one option
@@ -149,7 +149,7 @@ def _overview(name: str, config: Any) -> Iterator[str]:
             others = [each for each in options if each not in chosen]
             first = ",".join(chosen) or "-"
             yield _cut(f"  {group:<11}{first:<12} {' '.join(others)}".rstrip(), 79)
-    yield "More: --help optimizer, --help trainer.checkpoint; of Hydra: --hydra-help"
+    yield "More: --help optimizer, --help trainer.checkpoint; Hydra's own: --hydra-help"
 
 
 def _cut(line: str, width: int) -> str:

@@ -39,8 +39,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         key, _, value = override.partition("=")
         if key == "resume" and value not in ("auto", "never"):
             raise UserError(
-                f"{override}: compose resumes no run. regrow.load.load_run gives its model; a new "
-                "run starts from its weights with init_from=…"
+                f"{override}: compose does not resume runs. regrow.load.load_run gives its model; "
+                "a new run starts from its weights with init_from=…"
             )
     with hydra_as_it_was():
         if (wrong := wrong_options(overrides)) is not None:

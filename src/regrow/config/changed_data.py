@@ -64,7 +64,7 @@ def recorded_data(folder: Path) -> dict[str, Any]:
     if isinstance(data, dict) and all(isinstance(it, dict) for it in data.values()):
         return data
     log.warning(
-        "%s: nobody can tell whether the data has changed since that run began",
+        "%s: it is unknown whether the data has changed since that run began",
         folder / manifest.NAME,
     )
     return {}

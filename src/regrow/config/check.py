@@ -156,7 +156,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     if missing:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         hint = {
-            "data.num_classes": " (null for a regression)",
+            "data.num_classes": " (null for regression)",
             "data.target_kind": f" ({', '.join(TARGET_KINDS)}; null for others)",
             "data.input_shape": " (null where examples have no common shape)",
         }.get(missing[0], "")
@@ -602,7 +602,7 @@ def _check_folds(data: Mapping[str, Any]) -> None:
         raise UserError(
             f"data.folds={folds}: {source.get('_target_')} makes no folds, as its test split is "
             "given. Use data.folds=null. A source of your own takes folds: ${data.folds} and "
-            "fold: ${data.fold}, and hands them to regrow.feeding.splits.cut_examples."
+            "fold: ${data.fold}, and passes them to regrow.feeding.splits.cut_examples."
         )
 
 

@@ -154,7 +154,7 @@ def _missing_default(config: str, group: str, option: str) -> str:
     if " " in missing or ":" in missing:
         return (
             f"{file}: an entry of its defaults list cannot be read. Write it as "
-            "`- override /model: cnn`, with a space behind the colon."
+            "`- override /model: cnn`, with a space after the colon."
         )
     if (main := flags.typed(sys.argv[1:]).get("path")) and missing == "train":
         return (
@@ -162,7 +162,7 @@ def _missing_default(config: str, group: str, option: str) -> str:
             f"conf/. To add a folder: {shell(['--config-dir', main])}"
         )
     hint = did_you_mean(option, places.options(group)) if group else ""
-    return f"{file}: its defaults list names {missing}.yaml, which is nowhere.{hint}"
+    return f"{file}: its defaults list names {missing}.yaml, which does not exist.{hint}"
 
 
 def _missing_primary(name: str) -> str:
@@ -204,7 +204,7 @@ def _unreadable(error: Any) -> str:
     items = _with_quotes(value)
     if items and read(f"{key}={items}") is not ...:
         return (
-            f"{error.override} cannot be read. Text with signs needs quotes: "
+            f"{error.override} cannot be read. Text with special characters needs quotes: "
             f"{shell([f'{key}={items}'])}"
         )
     if value[:1] in "[{":
@@ -212,7 +212,8 @@ def _unreadable(error: Any) -> str:
             f"{error.override} cannot be read as a list or mapping: {reason}. If it is one "
             f"text: {shell([advice])}"
         )
-    return f"{error.override} cannot be read. Text with signs needs quotes: {shell([advice])}"
+    said = f"{error.override} cannot be read."
+    return f"{said} Text with special characters needs quotes: {shell([advice])}"
 
 
 def _is_interpolation(value: str) -> bool:

@@ -69,7 +69,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Raise UserError for flags that lack a value or do not go together.
+    """Raise UserError for flags that lack a value or cannot be combined.
 
     Hydra would print its usage or a traceback, or ignore them.
     """
@@ -103,7 +103,7 @@ def check(arguments: Sequence[str]) -> None:
         if "--multirun" in commands and {"--cfg", "--info"} & {*commands}:
             shown = "--cfg" if "--cfg" in commands else "--info"
             hint = f" {shown} shows one config: leave out -m, and give each key one value."
-        raise UserError(f"{first} and {second} do not go together.{hint or ' Leave one out.'}")
+        raise UserError(f"{first} and {second} cannot be combined.{hint or ' Leave one out.'}")
     if "--resolve" in found and not {"--cfg", "-h", "--help"} & {*found}:
         raise UserError("--resolve is for --cfg. Add --cfg job, or leave it out.")
     if "--package" in found and "--cfg" not in found:

@@ -63,7 +63,7 @@ def check_settings(hydra: DictConfig, *, is_sweep: bool) -> None:
         raise UserError(f"hydra.job.name={job['name']}: {leads.replaced('hydra.job.name')}")
     for line in node["overrides"]["hydra"]:
         if line.lstrip("+").startswith("hydra.sweep.subdir=") and not is_sweep:
-            raise UserError(f"{line} is of a sweep: add -m. A run's folder is hydra.run.dir=….")
+            raise UserError(f"{line} is for a sweep: add -m. A run's folder is hydra.run.dir=….")
     if is_sweep:
         _refuse_in_sweep(node)
 

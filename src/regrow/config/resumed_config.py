@@ -131,7 +131,7 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
     if refused:
         words = f": {command_line.shell(named_so)}" if named_so else ""
         way_out = (
-            f"Start a new run, or name each key to change it all the same{words}"
+            f"Start a new run, or name each key to change it anyway{words}"
             if by_name
             else "Use another folder, or "
             + command_line.shell([f"resume={folder}"])
@@ -139,7 +139,9 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
         )
         if any(" was absent and " in line for line in refused):
             way_out = f"If you added a key, give it a row in {lab_name()}.added. {way_out}"
-        raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
+        raise UserError(
+            f"{folder} holds a run with another config: {'; '.join(refused)}. {way_out}"
+        )
     return config
 
 

@@ -68,7 +68,7 @@ def check_roles(
             full = f"{path}.{key}".lstrip(".")
             raise UserError(
                 f"{where}: its config.yaml has {full}={value}, where a plain value is expected. It "
-                "is not made."
+                "is not instantiated."
             )
     for group in groups:
         for path, key, value in _entries(config.get(group), group):
@@ -90,7 +90,7 @@ def check_roles(
             if not _fits(value, group, path):
                 raise UserError(
                     f"{where}: its config.yaml has {path}._target_={value}, which no file in "
-                    f"conf/{group} names. It is not made. If it is yours, add such a file."
+                    f"conf/{group} names. It is not instantiated. If it is yours, add such a file."
                 )
 
 

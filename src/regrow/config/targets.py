@@ -101,8 +101,8 @@ def _refuse_unknown(target: Any, path: str) -> None:
         broken = broken_files()
         also = f" These cannot be read: {', '.join(broken)}." if broken else ""
         raise UserError(
-            f"{where} is named neither in conf/ nor on this command line. It is not made. If "
-            f"it is yours, add such a file.{also}"
+            f"{where} is named neither in conf/ nor on this command line. It is not instantiated. "
+            f"If it is yours, add such a file.{also}"
         )
 
 

@@ -258,8 +258,8 @@ class DataChecks:
         if len(spread) < 2 or float(spread.amin()) > FLATTENED:
             return
         log.warning(
-            "data.normalize=train: of inputs [%d, %d] it takes the first dimension for channels. "
-            "Columns of the last one then have standard deviations of %.2g to %.2g, and the model "
+            "data.normalize=train treats the first dimension of inputs [%d, %d] as channels. The "
+            "columns of the last one then have standard deviations of %.2g to %.2g, and the model "
             "hardly sees the smallest. If they are features, normalise them in data.source and set "
             "data.normalize=none, or give inputs [features, time].",
             *(first, last, float(spread.amin()), float(spread.amax())),

@@ -278,7 +278,7 @@ class FileFeed:
         # The default collate turns Python numbers into float64.
         if not self.is_checked and (lost := max(rounding(part) for part in parts)) > 1e-3:
             log.warning(
-                "the targets of %s are large beside their spread: float32 rounds them by up to "
+                "the targets of %s are large against their spread: float32 rounds them by up to "
                 "%.2g of it in the first batch. Subtract their mean in the data set.",
                 *(self.name, lost),
             )

@@ -381,7 +381,7 @@ class Data:
             classes = self.of_training_examples("targets")
             if classes is None or (self.target_kind != "binary" and classes.is_floating_point()):
                 raise UserError(
-                    f"data.sampling=balanced: {type(train).__name__} does not tell its classes. "
+                    f"data.sampling=balanced: {type(train).__name__} does not give its classes. "
                     "Give the data set an attribute targets: a list of the class index of each "
                     "example."
                 )
@@ -662,7 +662,7 @@ class Data:
         ):
             if is_raw and (lost := rounding(values)) > 1e-3:
                 log.warning(
-                    "the %s are large beside their spread: float32 rounds them by up to %.2g of "
+                    "the %s are large against their spread: float32 rounds them by up to %.2g of "
                     "it. Set %s, which standardises in float64.",
                     *(what, lost, way_out),
                 )

@@ -76,7 +76,7 @@ def balanced_weights(data: Any) -> list[float]:
     """Return a loss weight per class: n / (k n_c) over the examples that are trained on.
 
     These are scikit-learn's of class_weight="balanced", with the k classes that occur; the others
-    weigh 1. Ignored targets do not count. Raises UserError for data that does not tell its classes.
+    weigh 1. Ignored targets do not count. Raises UserError for data that does not give its classes.
     """
     key = "loss.class_weights=balanced"
     if data.target_kind != "multiclass":
@@ -88,7 +88,7 @@ def balanced_weights(data: Any) -> list[float]:
     if classes is None or classes.is_floating_point():
         kind = type(data.source.train).__name__
         raise UserError(
-            f"{key}: {kind} does not tell its classes. Give a list of a weight for each class, or "
+            f"{key}: {kind} does not give its classes. Give a list of a weight for each class, or "
             "give the data set an attribute targets: the class index of each example."
         )
     valid = (classes >= 0) & (classes < data.num_classes)

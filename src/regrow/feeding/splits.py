@@ -533,9 +533,7 @@ def check_overlap(
         ]
         message = f"{'; '.join(said)}."
         if policy == "refuse":
-            raise DataError(
-                f"{message} Remove them, or set data.overlap=report to train all the same."
-            )
+            raise DataError(f"{message} Remove them, or set data.overlap=report to train anyway.")
         log.warning("data.overlap=report: %s", message)
     return overlaps
 

@@ -583,7 +583,7 @@ def open_loggers(
             raise
         except Exception as error:
             said = f"{type(error).__name__}: {brief(error, 200)}"
-            log.warning("logger.%s: %s. The run does without it.", name, said)
+            log.warning("logger.%s: %s. The run continues without it.", name, said)
             logging.getLogger("regrow.file").warning("%s", traceback.format_exc())
     return Loggers(jsonl, trackers)
 

@@ -235,7 +235,7 @@ def _is_unused(name: str) -> bool:
     return "/" not in name and name != "resolvers.py"
 
 
-CHANGED = "Its code has changed since."
+CHANGED = "The run's code has changed since."
 
 
 def way_back(folder: Path, root: Path) -> str:

@@ -146,13 +146,13 @@ def refuse_without(values: Checked, why: str = "trainer.monitor=null") -> None:
     patience = values["trainer"]["early_stopping"]["patience"]
     if patience is not None:
         raise UserError(
-            f"trainer.early_stopping.patience={patience}: {why}, so that nothing says when to "
+            f"trainer.early_stopping.patience={patience}: {why}, so nothing says when to "
             "stop. Use trainer.early_stopping.patience=null, or give the data a validation split "
             "and the run a monitor."
         )
     if str(values["scheduler"].get("_target_", "")).rpartition(".")[2] == "plateau":
         raise UserError(
-            f"scheduler=plateau: {why}, so that nothing says when to lower the rate. Use another "
+            f"scheduler=plateau: {why}, so nothing says when to lower the rate. Use another "
             "scheduler, or give the data a validation split and the run a monitor."
         )
 

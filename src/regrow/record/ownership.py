@@ -192,7 +192,7 @@ def enter_run(folder: Path, overrides: Sequence[str], owner: Mapping[str, Any] |
             owner = owner_of_job(find(before.get("id")) or enter(), overrides)
         except OSError as error:
             log.warning(
-                "this run is not entered as yours (%s). It runs all the same; to resume it by name "
+                "this run could not be listed as yours (%s). It runs anyway; resuming it by name "
                 "with its loggers will need trust=%s",
                 reason_of(error),
                 digest_of_run(overrides)[:DIGITS],

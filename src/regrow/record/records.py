@@ -466,5 +466,5 @@ def load_status(folder: Path) -> dict[str, Any] | None:
         return None
     if status.get("state") == "running" and not is_locked(folder):
         status["state"] = "interrupted"
-        status["error"] = status.get("error") or "its process ended without a word"
+        status["error"] = status.get("error") or "its process ended without an error message"
     return status

@@ -44,7 +44,7 @@ def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
     log.info("folder: %s", folder)
     if (before := interrupted(folder, job)) is not None:
-        words = "%s, of the same command, was interrupted. It resumes with: %s"
+        words = "%s, started by the same command, was interrupted. To resume it: %s"
         log.info(words, before, again(job, before))
     log.info("if interrupted, resume with: %s", again(job, folder))
 
@@ -130,7 +130,7 @@ def interrupted(folder: Path, job: Job) -> Path | None:
 def in_warmup(steps: int, warmup: int) -> str:
     return (
         f"the run ends at step {steps}, in the warm-up of {warmup} steps: the learning rate never "
-        "comes to optimizer.lr. Lower scheduler.warmup_steps, or train for longer"
+        "reaches optimizer.lr. Lower scheduler.warmup_steps, or train for longer"
     )
 
 

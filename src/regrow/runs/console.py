@@ -55,7 +55,7 @@ class _BarHandler(logging.Handler):
             tqdm.write(self.format(record), file=stream)
         except OSError:  # as after `| head`, or on a full disk: the run and its train.log continue
             if terminal.drop_unread(stream):
-                to_file.warning("nothing reads the output any more, so it is written here alone")
+                to_file.warning("nothing reads the output any more, so it is written only here")
 
 
 @contextlib.contextmanager

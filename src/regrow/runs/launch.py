@@ -62,7 +62,7 @@ def _launch(cfg: DictConfig) -> float | None:
             raise UserError(f"{override}: sweep keys only apply to sweeps. Add -m, or remove it.")
     for override in typed_overrides(hydra.overrides.hydra):
         if key_of(override).startswith("hydra.sweep."):
-            raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
+            raise UserError(f"{override} is for a sweep. A run's folder is hydra.run.dir=….")
     folder = output_dir() if is_named("hydra.run.dir") else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
     launcher = plain(cfg)["launcher"]
@@ -129,6 +129,6 @@ def owned(job: Job) -> Job:
     try:
         entry = ownership.enter()
     except OSError as error:
-        log.warning("this run is not entered as yours (%s)", ownership.reason_of(error))
+        log.warning("this run could not be listed as yours (%s)", ownership.reason_of(error))
         return job
     return job.owned(ownership.owner_of_job(entry, as_recorded(job)))

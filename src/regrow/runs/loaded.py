@@ -253,7 +253,7 @@ def load_run(
         class_names = class_names or _names(config["data"].get("class_names"))
     except TypeError as error:
         raise UserError(
-            f"run={given}: its config.yaml has data.class_names, and {error}. It is not made."
+            f"run={given}: its config.yaml has data.class_names, and {error}. It is not used."
         ) from None
     if changes := manifest.code_changes(folder, ROOT):
         log.warning("run=%s: %s Its weights run in the code as it is now.", given, changes)

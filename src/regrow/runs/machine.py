@@ -24,8 +24,8 @@ def resolve_device(name: str, index: int = 0) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(
-            f"trainer.device={name}: this machine has none that torch {torch.__version__} can use. "
-            "Use trainer.device=auto or trainer.device=cpu."
+            f"trainer.device={name}: this machine has no such device that torch "
+            f"{torch.__version__} can use. Use trainer.device=auto or trainer.device=cpu."
         )
     if name == "cuda" and index >= torch.cuda.device_count():
         raise UserError(

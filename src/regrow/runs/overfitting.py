@@ -256,8 +256,8 @@ def lines(
     if verdict.constant_suffices:
         return [
             f"debug=overfit: no verdict. {of[0].upper()}{of[1:]}: a model that ignores its inputs "
-            "is as good, as the targets (or the inputs) of these examples are alike. Take more "
-            "examples, such as data.limit_train=512 data.batch_size=512.",
+            "is just as good, as the targets (or the inputs) of these examples are alike. Take "
+            "more examples, such as data.limit_train=512 data.batch_size=512.",
             *fired(faults),
         ]
     if verdict.reached:

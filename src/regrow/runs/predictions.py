@@ -16,7 +16,7 @@ from regrow.feeding.files import shown as printable
 from regrow.record.comparison import as_text
 
 NUM_SHOWN = 10  # rows on a terminal
-MOST_COUNTED = 20  # classes there
+MOST_COUNTED = 20  # classes on a terminal
 LONG_NAME = 60  # characters
 
 
@@ -25,8 +25,8 @@ class Predictions:
     """The predictions for N examples, in their order.
 
     inputs: the file of each example, its label in a table's index, or its row from 0.
-    kind: the task's: multiclass, binary, multilabel or regression; see `kind_of` for others.
-    classes: the names of C classes or labels, or of the values of a regression.
+    kind: the task's kind: multiclass, binary, multilabel or regression; for others see `kind_of`.
+    classes: the names of C classes or labels, or of a regression's values.
     prediction: (N,) class indices; (N, C) of 0 and 1 for multilabel; (N,) or (N, C) float64 values
         in the targets' own units for a regression. A class per pixel or token gives (N, …).
     probabilities: (N, C) float64, or (N, C, …); None for a regression.
@@ -55,7 +55,7 @@ class Predictions:
         if self.kind not in ("multiclass", "binary") or self.prediction.ndim > 1:
             raise UserError(
                 f"names: predictions of kind {self.kind} and shape {list(self.prediction.shape)} "
-                "have no name each. Use prediction."
+                "have no names. Use prediction."
             )
         return [self.classes[index] for index in self.prediction]
 

@@ -123,7 +123,7 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
 def draw_missing(folder: Path, job: Job) -> None:
     """Draw the plots and the page of a complete run that was killed before it drew them."""
     if job.draws and not training.is_drawn(folder):
-        log.info("%s is complete but for its plots and its page, which are drawn now", folder)
+        log.info("%s is complete except for its plots and page, which are made now", folder)
         training.draw(folder)
 
 

@@ -253,7 +253,7 @@ def take_best(state: State, folder: Path, world: World) -> int:
         weights = writer.fill({of: parts[of]}, best, world.mesh)[of]
     except writer.DamagedCheckpoint as damage:
         raise UserError(
-            f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
+            f"the best checkpoint cannot be tested: {damage}. The run is trained anyway; "
             f"test its final weights: "
             + command(f"run={folder}", "checkpoint=last", script="evaluate.py")
         ) from None

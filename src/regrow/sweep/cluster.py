@@ -81,7 +81,7 @@ class Cluster:
             planned = self._running.pop(number)
             its, reason = ledger.state_of(self.folder, planned.entry)
             if its not in ledger.ENDED:
-                its, reason = "failed", reason or "Slurm has it no more"
+                its, reason = "failed", reason or "Slurm no longer has it"
             found.append(Ended(planned, its, reason))
         return found
 

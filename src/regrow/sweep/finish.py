@@ -40,7 +40,7 @@ def last_error(folder: Path, slurm: str | None) -> str:
         for line in reversed(lines):
             if "error: " in line:
                 return line.partition("error: ")[2]
-    return "it ended without a word"
+    return "it ended without an error message"
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def refuse_another_source(folder: Path, before: Mapping[str, Any], now: Mapping[
         if before[key] != now[key]:
             words = command(*flags.arguments_of(before), "-m", root=manifest.own_root())
             raise UserError(
-                f"{folder} holds a sweep of another config or search path, which "
+                f"{folder} holds a sweep with another config or search path, which "
                 f"starts with {words}. Another one needs another folder."
             )
 
@@ -157,8 +157,8 @@ def entered(code_sha256: str) -> str:
         return ownership.enter(code_sha256).id
     except OSError as error:
         print(
-            f"warning: this sweep is not entered as yours ({ownership.reason_of(error)}). It runs "
-            "all the same; to resume it will need the trust=… that its command then names.",
+            f"warning: this sweep could not be listed as yours ({ownership.reason_of(error)}). It "
+            "runs anyway; resuming it will need the trust=… that its command then names.",
             file=sys.stderr,
         )
         return ""

@@ -60,7 +60,9 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
         swept.pop(key, None)
         if override.is_sweep_override():
             if not override.is_discrete_sweep():
-                raise UserError(f"{line}: an interval has no end of values. Use sweep=optuna.")
+                raise UserError(
+                    f"{line}: an interval has infinitely many values. Use sweep=optuna."
+                )
             if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
                 varied = key.partition("sweep.params.")[2]
                 raise UserError(

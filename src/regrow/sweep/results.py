@@ -31,7 +31,9 @@ def rows_of(folder: Path) -> list[Row]:
         log = ledger.log_of(folder, entry.number)
         loaded = report.load(run) if report.is_run(run) else None
         if loaded is not None and its == "completed" and (more := asked_since(entry, loaded)):
-            reason = f"by itself it went on with {' '.join(more)}, which the sweep does not have"
+            reason = (
+                f"it was resumed by itself with {' '.join(more)}, which the sweep does not have"
+            )
         rows.append(
             Row(
                 job=str(entry.number),

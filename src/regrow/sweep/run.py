@@ -67,7 +67,7 @@ def enter(config: DictConfig) -> None:
         )
     for override in planning.overrides_of(config):
         if key_of(override) == "hydra.run.dir":
-            raise UserError(f"{override} is of one run. A sweep's folder is hydra.sweep.dir=….")
+            raise UserError(f"{override} is for one run. A sweep's folder is hydra.sweep.dir=….")
     for group in ("launcher", "sweep"):
         check_group(config, group)
     if frozen.is_entered():
@@ -350,5 +350,6 @@ def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:
         return 128 + signals[0]
     if "failed" in states:
         again = going_on(folder, "sweep.retry_failed=true")
-        log.warning("%d of %d jobs failed. Again: %s", states.count("failed"), len(states), again)
+        words = "%d of %d jobs failed. To run them again: %s"
+        log.warning(words, states.count("failed"), len(states), again)
     return 0 if complete else 1

@@ -132,6 +132,6 @@ def outcome(folder: Path, ended: Ended, stop: Stop) -> str:
     if stop.wished and its != "failed":  # stopped before it could exit cleanly
         return "interrupted"
     if ledger.noted(folder, entry.number).get("state") != "failed":
-        reason = ended.reason or reason or "it ended without a word"
+        reason = ended.reason or reason or "it ended without an error message"
         ledger.note(folder, entry.number, "failed", reason)
     return "failed"

@@ -94,7 +94,7 @@ def warning_of(space: Space, options: Search) -> str | None:
     if not found or options.sampler == "grid":
         return None
     return (
-        f"{' and '.join(found)}: the search takes each value for another setting, and prefers the "
+        f"{' and '.join(found)}: the search treats each value as another setting, and prefers the "
         f"easiest. Give it one value, such as {found[0]}=0, and then compare the best settings "
         "over several without sweep=optuna"
     )
@@ -175,7 +175,9 @@ def points(key: str, of: BaseDistribution) -> list[Any]:
         return list(of.choices)
     if isinstance(of, IntDistribution):
         return list(range(of.low, of.high + 1, of.step))
-    raise UserError(f"{key}: an interval has no end of values. sweep.sampler=grid takes a choice.")
+    raise UserError(
+        f"{key}: an interval has infinitely many values. sweep.sampler=grid takes a choice."
+    )
 
 
 def first_of(of: BaseDistribution) -> Any:
@@ -347,7 +349,7 @@ def objectives(options: Search, config: Mapping[str, Any]) -> tuple[list[str], l
     if named is None or (options.metric is None and not has_val):
         why = "trainer.monitor=null" if has_val else "the data has no validation split"
         raise UserError(
-            f"sweep.metric=null: {why}, so that nothing says what to search for. Name one of "
+            f"sweep.metric=null: {why}, so nothing says what to search for. Name one of "
             f"{', '.join(OF_THE_RUN)}, or give the data a validation split."
         )
     metrics = [named] if isinstance(named, str) else list(named)
