@@ -61,6 +61,7 @@ def test_true_and_false_are_one_and_zero(
         (("1", "1,"), "line 3: 4 cells where the header names 3"),
         (("1", "# note"), "line 3, column 'b': the cell holds '# note'"),
         (("1", "2024-05-01"), "Write a number, or name the columns of numbers in data.source.feat"),
+        (("1", "Bern"), "A category needs a column of 0 and 1 for each of its values"),
     ],
 )
 def test_an_unreadable_cell_is_named_by_line_and_column(
