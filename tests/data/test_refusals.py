@@ -98,7 +98,7 @@ def test_lines_and_columns_that_are_left_out_are_named(
 def test_a_list_of_columns_says_how_many_it_leaves_out(make_data: Make, tmp_path: Path) -> None:
     names = [f"x{n}" for n in range(23)]
     lines = [",".join([*names, "y"]), *(",".join([str(n)] * 24) for n in range(30))]
-    with pytest.raises(UserError, match=r"the columns x0, .*, x19 and 3 more\. Set data"):
+    with pytest.raises(UserError, match=r"the columns x0, .*, x19 and 3 more\. Set 'data"):
         table(make_data, tmp_path, "\n".join(lines) + "\n")
 
 
