@@ -458,6 +458,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if not importlib.util.find_spec("ruff"):
         done += "; run `make format` there, as another name makes other line breaks"
+    dest = dest.resolve()  # without the dots of ../my_project
     print(f"{dest}: {done}. Next:")
     print(f"  cd {shlex.quote(str(dest))} && make test")
     print("  make train")

@@ -144,7 +144,8 @@ def test_nothing_is_written_without_the_users_own_untracked_code(
 
     command = re.findall("`(.*)`", said)[0]
     subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
-    assert new_project.main(["Deep Fish", "dest=~/copy"]) == 0
+    there = f"{tmp_path}/../{tmp_path.name}/copy"  # as ../copy, which is printed without dots
+    assert new_project.main(["Deep Fish", f"dest={there}"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
     assert f"cd {tmp_path}/copy && make test" in said.out
