@@ -394,6 +394,10 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
     assert own == start + section.rstrip().replace(set_up, "").replace("](docs/", "](") + "\n"
     for link in re.findall(r"\]\((\w[^)#:]*)", own):
         assert (page.parent / link).exists(), link
+    commands = (copy / "docs" / "commands.md").read_text(encoding="utf-8")
+    titles = re.findall("(?m)^## (.*)$", commands)
+    assert titles[0] == "What you type" and {"A run's folder", "Restoring", "Sweeps"} < {*titles}
+    assert "`src/deep_fish/loop.py`" in commands and "new_project.py" not in commands
     assert f"Regrow {record['version']}, commit {record['commit']}" in readme
     for link in re.findall(r"\]\((\w[^)#:]*)", readme):
         assert (copy / link).exists(), link
