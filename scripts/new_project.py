@@ -30,11 +30,24 @@ from update import BASE, ENGINE, HELPERS, RECORD, Refused, git
 
 ROOT = Path(__file__).resolve().parent.parent
 README = Path(__file__).with_suffix(".md")
-ON_IMAGES = Path("docs", "your_images.md")  # made from a section of the template's README
+# Made from sections of the template's README.
+ON_IMAGES, COMMANDS = Path("docs", "your_images.md"), Path("docs", "commands.md")
+SECTIONS = (
+    "What you type",
+    "To change X, edit Y",
+    "A run's folder",
+    "Restoring",
+    "Sweeps",
+    "Different on purpose",
+)
+# Lines and a sentence of these that concern the template alone.
+LEFT_OUT = re.compile(
+    r"(?m)^python scripts/new_project\.py .*\n|^!\[.*\n\n?| \[On GPUs\]\(docs/gpu\.md\) has .*$"
+)
 LEAD = """\
 For your own images, lay them out as `photos/cat/*.jpg` and `photos/dog/*.jpg`.
-[Your model on your images](docs/your_images.md) writes a model in a file of your own, trains it on
-them, and predicts new ones.
+[Your model on your images](docs/your_images.md) writes a model of your own, trains it on them, and
+predicts new ones. [Commands](docs/commands.md) has all of them, and says how to resume and sweep.
 
 """
 LAB = "lab"  # the package that a project renames
@@ -257,27 +270,30 @@ def write_files(folder: Path, names: Names, *, untracked: bool = False) -> None:
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
             )
-    if page := on_images():
-        (folder / ON_IMAGES).write_text(page, encoding="utf-8")
+    pages = {
+        ON_IMAGES: of_readme("Your model on your images").replace(f"{SET_UP}\n", "")[1:],
+        COMMANDS: rename(LEFT_OUT.sub("", of_readme(*SECTIONS)), names),
+    }
+    if complete := all(pages.values()):
+        pages[COMMANDS] = f"# Commands, and what a run writes\n\n{pages[COMMANDS]}"
+        for path, page in pages.items():
+            (folder / path).write_text(page.replace("](docs/", "]("), encoding="utf-8")
     (folder / RECORD).parent.mkdir()
     write_archive(folder, folder / BASE)
     record["engine"] = update.engine_hash(folder)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    leads = {"images": LEAD if page else ""}
+    leads = {"images": LEAD if complete else ""}
     readme = README.read_text(encoding="utf-8").format_map(record | leads)
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def on_images() -> str:
-    """Return the section on a model of one's own of the template's README, as a page of docs/.
-
-    Without the set-up, which a project's README has. Returns "" if there is no such section.
-    """
+def of_readme(*titles: str) -> str:
+    """Return sections of the template's README; "" if one is missing."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.search(r"(?ms)^#(# Your model on your images$.*?)\s+(?=^## )", text)
-    text = found[1].replace(f"{SET_UP}\n", "") + "\n" if found else ""
-    return text.replace("](docs/", "](")
+    sections = [re.search(rf"(?ms)^## {title}$.*?(?=\s+^## |\s*\Z)", text) for title in titles]
+    found = [section[0] for section in sections if section]
+    return "\n\n".join(found) + "\n" if len(found) == len(titles) else ""
 
 
 def record_of(project: str, names: Names) -> dict[str, str]:
@@ -458,6 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if not importlib.util.find_spec("ruff"):
         done += "; run `make format` there, as another name makes other line breaks"
+    dest = dest.resolve()  # without the dots of ../my_project
     print(f"{dest}: {done}. Next:")
     print(f"  cd {shlex.quote(str(dest))} && make test")
     print("  make train")

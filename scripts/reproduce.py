@@ -79,7 +79,9 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     for line in manifest.not_restored(before.get("git") or {}):
         print(printable(line))
     if before.get("resumes"):
-        print("This run was resumed. If a limit or a key was changed then, no run in one go is it.")
+        print(
+            "This run was resumed. If a limit or a key was changed then, a run in one go differs."
+        )
     again = records.create(Path("outputs"), f"{config['name']}/reproduced")
     nodes = {registered.ELSEWHERE: str(run / ".hydra")} if is_own(run) else {}
     arguments = [*flags.arguments_of(source), *arguments, override("hydra.run.dir", again)]

@@ -144,7 +144,8 @@ def test_nothing_is_written_without_the_users_own_untracked_code(
 
     command = re.findall("`(.*)`", said)[0]
     subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
-    assert new_project.main(["Deep Fish", "dest=~/copy"]) == 0
+    there = f"{tmp_path}/../{tmp_path.name}/copy"  # as ../copy, which is printed without dots
+    assert new_project.main(["Deep Fish", f"dest={there}"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
     assert f"cd {tmp_path}/copy && make test" in said.out
@@ -393,6 +394,10 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
     assert own == start + section.rstrip().replace(set_up, "").replace("](docs/", "](") + "\n"
     for link in re.findall(r"\]\((\w[^)#:]*)", own):
         assert (page.parent / link).exists(), link
+    commands = (copy / "docs" / "commands.md").read_text(encoding="utf-8")
+    titles = re.findall("(?m)^## (.*)$", commands)
+    assert titles[0] == "What you type" and {"A run's folder", "Restoring", "Sweeps"} < {*titles}
+    assert "`src/deep_fish/loop.py`" in commands and "new_project.py" not in commands
     assert f"Regrow {record['version']}, commit {record['commit']}" in readme
     for link in re.findall(r"\]\((\w[^)#:]*)", readme):
         assert (copy / link).exists(), link

@@ -108,6 +108,10 @@ def loss(outputs, targets):
     return outputs[:, 70]
 
 
+def roots(outputs, targets):
+    return torch.where(outputs > 0, outputs.sqrt(), 0.0).sum(1)
+
+
 class Optimizer(torch.optim.SGD):
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -129,6 +133,7 @@ FILES = {
     "model/nested": "_target_: my_models.Nested\n",
     "model/plain": "_target_: my_models.plain\n",
     "loss/mine": "_target_: my_models.loss\n_partial_: true\n",
+    "loss/roots": "_target_: my_models.roots\n_partial_: true\n",
     "optimizer/mine": "_target_: my_models.Optimizer\n_partial_: true\nlr: 0.5\n",
     "data/mine": "defaults: [digits]\nsource: {_target_: my_models.splits}\n",
 }
@@ -286,6 +291,17 @@ def test_the_first_steps_error_is_one_line_and_its_traceback_is_in_the_log(
     assert "Traceback" in log and "lab/step.py" in log and log.rstrip().endswith(line[7:])
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == 0
+
+
+def test_debug_anomaly_ends_with_the_operation_and_one_traceback(
+    mine: Path, tmp_path: Path
+) -> None:
+    """Autograd shows that of the forward pass, which ends in the user's line."""
+    done = start(mine, tmp_path, "debug=anomaly", "model=mlp", "loss=roots")
+    assert done.returncode == 1, done.stderr
+    assert "outputs.sqrt(), 0.0).sum(1)" in done.stderr
+    assert done.stderr.count("Traceback") == 1
+    assert "error: failed at step 0: Function 'SqrtBackward0'" in done.stderr.splitlines()[-1]
 
 
 def test_code_that_leaves_the_program_never_looks_like_a_complete_run(

@@ -26,8 +26,16 @@ def refuse_endless_skipping(state: TrainState, totals: Totals, plan: LoopPlan) -
         loss, where = float(totals.loss), optim.first_non_finite(state.model)
         # A checkpoint of the last finite step may already hold the bad weights: do not count it.
         good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
+        advice = "Lower optimizer.lr or set trainer.clip_norm"
+        if not plan.options.detect_anomaly:
+            advice = (
+                "Lower optimizer.lr, set trainer.clip_norm, or find the cause with debug=anomaly"
+            )
+        elif not math.isfinite(loss):  # autograd raises at a NaN of its own
+            advice = "The backward pass gave no NaN, so look at what the forward pass computes"
         raise FloatingPointError(
-            f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
+            f"step {state.step}: no finite loss or gradient"
+            + (f" for {in_a_row} steps in a row" if in_a_row > 1 else "")
             + ("" if math.isfinite(loss) else f"; the loss itself is {loss}")
             + (f"; the first bad parameter is {where}" if where else "")
             + (f"; the last good checkpoint is {good}" if good else "")
@@ -36,7 +44,7 @@ def refuse_endless_skipping(state: TrainState, totals: Totals, plan: LoopPlan) -
                 if in_a_row == state.step
                 else ""
             )
-            + ". Lower optimizer.lr, set trainer.clip_norm, or find the cause with debug=anomaly."
+            + f". {advice}."
         )
 
 

@@ -61,6 +61,7 @@ def test_true_and_false_are_one_and_zero(
         (("1", "1,"), "line 3: 4 cells where the header names 3"),
         (("1", "# note"), "line 3, column 'b': the cell holds '# note'"),
         (("1", "2024-05-01"), "Write a number, or name the columns of numbers in data.source.feat"),
+        (("1", "Bern"), "A category needs a column of 0 and 1 for each of its values"),
     ],
 )
 def test_an_unreadable_cell_is_named_by_line_and_column(
@@ -97,7 +98,7 @@ def test_lines_and_columns_that_are_left_out_are_named(
 def test_a_list_of_columns_says_how_many_it_leaves_out(make_data: Make, tmp_path: Path) -> None:
     names = [f"x{n}" for n in range(23)]
     lines = [",".join([*names, "y"]), *(",".join([str(n)] * 24) for n in range(30))]
-    with pytest.raises(UserError, match=r"the columns x0, .*, x19 and 3 more\. Set data"):
+    with pytest.raises(UserError, match=r"the columns x0, .*, x19 and 3 more\. Set 'data"):
         table(make_data, tmp_path, "\n".join(lines) + "\n")
 
 

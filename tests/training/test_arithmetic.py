@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from running import CPU, TINY, Bench, batch_of, config_of, metrics_of, train, train_config
+from running import CPU, TINY, Bench, batch_of, config_of, metrics_of, train
 from torch import Tensor, nn
 
 from lab import loop, optim, step
@@ -371,18 +371,6 @@ def test_accuracy_and_epoch_means_count_every_example_once(tmp_path: Path) -> No
             unweighted = sum(x[f"train/{name}"] for x in steps) / 4
             assert whole[f"train/epoch_{name}"] == pytest.approx(exact, rel=1e-6)
             assert whole[f"train/epoch_{name}"] != pytest.approx(unweighted, rel=1e-6)
-
-
-def test_a_step_that_computes_no_score_logs_none(tmp_path: Path) -> None:
-    overrides = (*TINY, "trainer.max_epochs=1", "trainer.accumulation_steps=3")
-    own = {**config_of(*overrides), "step": {"_target_": "planted.scoreless_step"}}
-    own["step"]["_partial_"] = True
-    train_config(tmp_path / "own", own)
-    train(tmp_path / "shipped", *overrides)  # the control
-    for name, is_scored in (("own", False), ("shipped", True)):
-        keys = {key for line in metrics_of(tmp_path / name) for key in line}
-        assert {"train/loss", "train/epoch_loss"} <= keys
-        assert ("train/accuracy" in keys, "train/epoch_accuracy" in keys) == (is_scored, is_scored)
 
 
 @pytest.mark.usefixtures("host_or_device")

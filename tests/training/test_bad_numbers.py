@@ -206,6 +206,20 @@ def test_so_many_bad_steps_in_a_row_end_the_run_and_name_step_and_parameter(ever
         bench.step(batch(9, torch.nan))
 
 
+def test_debug_anomaly_does_not_advise_itself() -> None:
+    said = []
+    for detect in (False, True):
+        bench = bench_of(MAKERS["adamw"], max_skipped_steps=1, detect_anomaly=detect)
+        with pytest.raises(FloatingPointError) as raised:
+            bench.step(batch(0, torch.nan))
+        said.append(str(raised.value))
+    assert said[0].startswith("step 1: no finite loss or gradient; the loss itself is nan")
+    assert said[0].endswith(
+        "Lower optimizer.lr, set trainer.clip_norm, or find the cause with debug=anomaly."
+    )
+    assert said[1].endswith("gave no NaN, so look at what the forward pass computes.")
+
+
 def test_a_bad_parameter_is_named_where_only_it_is_bad() -> None:
     bench = bench_of(MAKERS["adamw"], max_skipped_steps=1)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import CPU, TINY, config_of, train_config
+from running import CPU, TINY, config_of, metrics_of, train, train_config
 
 from regrow.config.targets import allow
 from regrow.errors import UserError
@@ -295,3 +295,15 @@ def test_a_normal_run_names_a_layer_that_the_first_steps_do_not_reach(
     thaws = "{_target_: lab.examples.thaw.step.thaw_step, frozen: ['first.*'], until_step: 9}"
     assert warned("thaws", NET, f"+step={thaws}") == []
     assert warned("watched", "planted.Detached", "trainer.find_faults=true") == []  # other words
+
+
+def test_a_step_that_computes_no_score_logs_none(tmp_path: Path) -> None:
+    overrides = (*TINY, "trainer.max_epochs=1", "trainer.accumulation_steps=3")
+    own = {**config_of(*overrides), "step": {"_target_": "planted.scoreless_step"}}
+    own["step"]["_partial_"] = True
+    train_config(tmp_path / "own", own)
+    train(tmp_path / "shipped", *overrides)  # the control
+    for name, is_scored in (("own", False), ("shipped", True)):
+        keys = {key for line in metrics_of(tmp_path / name) for key in line}
+        assert {"train/loss", "train/epoch_loss"} <= keys
+        assert ("train/accuracy" in keys, "train/epoch_accuracy" in keys) == (is_scored, is_scored)

@@ -147,7 +147,8 @@ def number(text: str, where: str) -> float:
     way_out = (
         "Write numbers as 1234.5."
         if marks
-        else "Write a number, or name the columns of numbers in data.source.feature_columns."
+        else "Write a number, or name the columns of numbers in data.source.feature_columns. A "
+        "category needs a column of 0 and 1 for each of its values."
     )
     raise DataError(
         f"{where}: the cell holds {text[:40]!r}, which is not a finite number. {way_out}"

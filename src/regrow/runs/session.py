@@ -371,7 +371,8 @@ def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Pa
 
 def is_plain(error: BaseException) -> bool:
     """Return True for errors that need no traceback: non-finite numbers, and the system's."""
-    return isinstance(error, FloatingPointError | OSError)
+    # Autograd has shown the traceback of the forward pass, which is the one that matters.
+    return "returned nan values in" in str(error) or isinstance(error, FloatingPointError | OSError)
 
 
 def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
