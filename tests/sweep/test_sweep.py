@@ -139,6 +139,17 @@ def test_more_values_run_the_new_jobs_alone(grid: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_key_that_is_varied_later_distinguishes_the_earlier_jobs_too(
+    grid: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(grid, tmp_path / "sweep", symlinks=True)
+    later = ("optimizer=adamw", "seed=0", "data.batch_size=16,8")
+    done = sweep(tmp_path, "resume=sweep", *later)
+    assert done.returncode == 0, done.stderr
+    assert [row["data.batch_size"] for row in table(mine)] == ["16", "16", "16", "16", "8"]
+
+
+@pytest.mark.slow
 def test_a_job_that_somebody_changed_is_named(grid: Path, tmp_path: Path) -> None:
     mine = shutil.copytree(grid, tmp_path / "sweep", symlinks=True)
     assert all(row["reason"] == "" for row in table(mine))

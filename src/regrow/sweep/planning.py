@@ -165,8 +165,7 @@ class Composer:
         A job with the same config as one in `known` takes its number and folder.
         """
         overrides = [o for o in overrides if key_of(o) != "resume"]
-        values = dict(o.partition("=")[::2] for o in swept)
-        values = {key.lstrip("+"): value for key, value in values.items()}
+        values = by_key(swept)
         try:
             return self._planned(number, overrides, values, known or {})
         except UserError as error:
@@ -208,6 +207,20 @@ class Composer:
         job = job_of(cfg, self.folder / folder, command)
         entry = ledger.JobEntry(number, identity, swept, folder, overrides)
         return Planned(entry, job.started_again())
+
+
+def by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the values of overrides, as typed."""
+    return {key.lstrip("+"): value for key, _, value in (o.partition("=") for o in overrides)}
+
+
+def distinguished(entry: ledger.JobEntry, varied: Sequence[str]) -> ledger.JobEntry:
+    """Return an earlier start's job with its values of the keys that are `varied` since then.
+
+    The table would take it for another setting than a job of this start with the same values.
+    """
+    its = by_key([o for o in entry.overrides if key_of(o) in varied])
+    return dataclasses.replace(entry, swept={**entry.swept, **its, **entry.swept})
 
 
 def numbered(

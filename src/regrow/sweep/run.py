@@ -146,6 +146,7 @@ def _run(
     swept = [override for _, its in wanted for override in its]
     lines = [*planning.lines_of(options.params), *arguments]
     sweep.agree(planning.fixed_by(lines, swept), swept)
+    known = [planning.distinguished(entry, sweep.facts["varied"]) for entry in known]
     planned = planning.numbered(composer, wanted, known)
     rest = planning.left_over(composer, planned, known, retry=options.retry_failed)
     jobs = sweep.prepared([*planned, *rest])
