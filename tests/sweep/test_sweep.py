@@ -210,6 +210,9 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
         (("launcher.jobs=0",), "launcher.jobs=0 must be an integer of at least 1, or auto"),
         (("sweep=list",), "there is no set"),
         (("sweep=list", "sweep.sets=[adamw]"), "must be overrides"),
+        (("sweep=list", 'sweep.sets=["seed=0","launcher.jobs=1"]'), "sets[1]: launcher.jobs is"),
+        (("sweep=list", 'sweep.sets=["seed=0,1"]'), "sets[0]: seed=0,1: a set takes one value"),
+        (("sweep.params={seed: 1, launcher: slurm}",), "sweep.params: launcher is the sweep's own"),
         (("sweep=optuna",), "nothing is varied"),
         (("sweep=optuna", "seed=0,1", "sweep.metric=accuracy"), "Did you mean"),
         (

@@ -34,6 +34,8 @@ from regrow.sweep import ledger
 from regrow.sweep.composed import Composed
 from regrow.sweep.kinds import Grid, Sets
 
+OWN = ("launcher", "sweep", "resume", "hydra")  # groups and keys of the whole sweep
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -61,7 +63,7 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
         if override.is_sweep_override():
             if not override.is_discrete_sweep():
                 raise UserError(f"{line}: an interval has no end of values. Use sweep=optuna.")
-            if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
+            if is_own(key):
                 varied = key.partition("sweep.params.")[2]
                 raise UserError(
                     f"{line}: {key} is the sweep's own, and takes one value."
@@ -76,6 +78,30 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
         (list(values), [values[keys.index(key)] for key in swept])
         for values in itertools.product(*options.values())
     ]
+
+
+def is_own(override: str) -> bool:
+    return key_of(override).split(".")[0] in OWN
+
+
+def refuse_own(where: str, override: str) -> None:
+    """Raise UserError for a key of the whole sweep, which a job would ignore."""
+    if is_own(override) and key_of(override) != "hydra.sweep.subdir":
+        raise UserError(
+            f"{where}: {key_of(override)} is the sweep's own. Give it on the command line."
+        )
+
+
+def refuse_in_a_set(loader: ConfigLoader, number: int, overrides: Sequence[str]) -> None:
+    """Raise UserError for an override that no single job can have."""
+    for override in OverridesParser.create(config_loader=loader).parse_overrides([*overrides]):
+        line = str(override.input_line)
+        refuse_own(f"sweep.sets[{number}]", line)
+        if override.is_sweep_override():
+            raise UserError(
+                f"sweep.sets[{number}]: {line}: a set takes one value of each key. Give a key "
+                "several values on the command line, or write a set for each."
+            )
 
 
 def sets_of(options: Sets) -> list[list[str]]:
@@ -119,7 +145,8 @@ def combinations(
     The latter have several values, or keys that an earlier start has `varied`.
     """
     lines = [*lines_of(options.params), *arguments]
-    for each in sets_of(options) if isinstance(options, Sets) else [[]]:
+    for number, each in enumerate(sets_of(options) if isinstance(options, Sets) else [[]]):
+        refuse_in_a_set(loader, number, each)
         named = {key_of(o) for o in each}
         rest = [line for line in lines if key_of(line) not in named]
         for overrides, swept in grid(loader, rest):
@@ -128,7 +155,9 @@ def combinations(
 
 
 def lines_of(params: Mapping[str, Any] | None) -> list[str]:
-    """Return `sweep.params` as overrides; a list becomes several values."""
+    """Return `sweep.params` as overrides; a list becomes several values. Raises UserError."""
+    for key in params or {}:
+        refuse_own("sweep.params", str(key))
     return [
         f"{key}={','.join(map(_typed, value)) if isinstance(value, list) else _typed(value)}"
         for key, value in (params or {}).items()
