@@ -16,7 +16,7 @@ def finish(folder: Path, number: int, code: int) -> None:
     (entry,) = [entry for entry in ledger.entries(folder) if entry.number == number]
     slurm = ledger.noted(folder, number).get("slurm")
     its, reason = ledger.state_of(folder, entry)
-    if code == 0 or code in STOPPED:
+    if its in ledger.GOOD or code in STOPPED:
         ledger.note(folder, number, "ended", slurm=slurm)
     elif code < 0:
         reason = f"its process was killed by signal {-code}"
