@@ -394,6 +394,7 @@ def test_a_sweep_is_submitted_as_one_array(cluster: dict[str, str], tmp_path: Pa
     ] * 2  # fmt: skip
     assert rows[1]["reason"].startswith("trainer.monitor=val/nothing is not measured")
     assert (tmp_path / "sweep" / "sweep.html").is_file()
+    assert len([*(tmp_path / "sweep").glob("*/report.html")]) == 1  # sweep.pictures=best
     assert rows[0]["weights_sha256"] != rows[2]["weights_sha256"]
 
 

@@ -26,9 +26,10 @@ def finish(folder: Path, number: int, code: int) -> None:
         ledger.note(folder, number, "failed", reason, slurm=slurm)
     with ledger.alone(folder, ledger.RESULTS_LOCK):  # several jobs may end at once
         found = results.write_table(folder)
+        content = ledger.read(folder)
         if all(row.state in ledger.ENDED for row in found.rows):
-            results.write_page(folder, found)
-        total = ledger.read(folder).get("total", 0)
+            results.write_page(folder, found, content.get("pictures", "none"))
+        total = content.get("total", 0)
         good = all(row.state in ledger.GOOD for row in found.rows)
         ledger.write(folder, complete=good and len(found.rows) >= total)
 

@@ -131,6 +131,7 @@ def _run(
             "overrides": same_sweep(config),
             "launcher": [o for o in planning.overrides_of(config) if is_of(o, "launcher")],
             "config": flags.source_of(config.hydra),
+            "pictures": options.pictures,
             "complete": False,
             "id": identity,
         },
