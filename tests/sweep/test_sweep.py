@@ -222,6 +222,7 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
         (("sweep=optuna", "seed=0,1", "sweep.n_trials=0"), "sweep.n_trials=0 must be"),
         (("sweep=optuna", "seed=0,1", "sweep.metric=[]"), "or a list of 1 or more"),
         (("sweep.fail_fats=true",), "Did you mean sweep.fail_fast?"),
+        (("seed=0,1", "launcher=slurm", "sweep.fail_fast=true"), "fail_fast=true: Slurm's jobs"),
         (("seed=0,1", "hydra.sweep.subdir=x"), "would share it with job 0"),
         (("seed=0,1", "hydra.sweep.subdir=../x"), "must lie in the sweep's folder"),
     ],

@@ -282,6 +282,11 @@ def search(
 def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
     """Return the request of the jobs to Slurm. Raises UserError if Slurm would reject it."""
     options: slurm.SlurmOptions = instantiate(sweep.launcher)
+    if sweep.options.fail_fast:
+        raise UserError(
+            "sweep.fail_fast=true: Slurm's jobs cannot be stopped from here. Leave it out, and "
+            "stop them with scancel."
+        )
     for one in jobs:
         slurm.check(options, one.job.config["trainer"])
     return options
