@@ -158,7 +158,7 @@ def _run(
     if sweep.is_for_slurm and todo:
         return submit(sweep, entries, todo)
     sweep.write(entries, total=len(entries))
-    what = f"{len(jobs)} job{'s'[: len(jobs) > 1]}"
+    what = counted(len(jobs))
     what += f" of {len(entries)}" if len(entries) > len(jobs) else ""
     introduce(folder, what, len(jobs) - len(todo), sweep.at_once, jobs)
     if not todo:
@@ -310,14 +310,20 @@ def submit(sweep: Sweep, entries: Sequence[ledger.JobEntry], todo: Sequence[Plan
         raise
     records.link_latest(folder, Path("outputs", name))
     if queued:
-        log.info("%d jobs are queued or running already", len(queued))
+        log.info("queued or running already: %s", counted(len(queued)))
     if given:
         array = next(iter(given.values())).partition("_")[0]
-        log.info("submitted to Slurm: %d jobs, to be stopped with scancel %s", len(given), array)
+        log.info(
+            "submitted to Slurm: %s, to be stopped with scancel %s", counted(len(given)), array
+        )
     where = os.path.relpath(folder)
     log.info("folder: %s", where)
     log.info("how it stands: %s", command(where, script="report.py", root=manifest.own_root()))
     return 0
+
+
+def counted(jobs: int) -> str:
+    return f"{jobs} job{'s'[: jobs > 1]}"
 
 
 def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[Planned]) -> None:
