@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from regrow.processes.ranks import STOPPED
+from regrow.processes.signals import name_of
 from regrow.sweep import ledger, results
 
 
@@ -19,7 +20,7 @@ def finish(folder: Path, number: int, code: int) -> None:
     if its in ledger.GOOD or code in STOPPED:
         ledger.note(folder, number, "ended", slurm=slurm)
     elif code < 0:
-        reason = f"its process was killed by signal {-code}"
+        reason = f"its process was killed by {name_of(-code)}"
         ledger.note(folder, number, "failed", reason, slurm=slurm)
     else:
         reason = (reason if its == "failed" else None) or last_error(folder, slurm)
