@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from finished import SCRIPTS
 
+from regrow.project import ROOT
+
 OWN = """
 import atexit, gc, threading, time
 from pathlib import Path
@@ -40,6 +42,13 @@ class Watched(MLP):
 
 
 FAILS = None
+"""
+LEAVES = """
+import os
+from pathlib import Path
+
+real = os._exit
+os._exit = lambda code: (Path("left").touch(), real(code))
 """
 TINY = ("model._target_=watched.Watched", "model.hidden=[8]", "trainer.check_first_batch=false")
 
@@ -100,9 +109,7 @@ def test_handlers_of_others_are_called(
     Without any, the process leaves at once.
     """
     register = "import atexit, pathlib; atexit.register(pathlib.Path('handled').touch)" * early
-    leaves = "import os; from pathlib import Path; real = os._exit"
-    leaves += "\nos._exit = lambda code: (Path('left').touch(), real(code))"
-    (tmp_path / "sitecustomize.py").write_text(f"{register}\n{leaves}\n")
+    (tmp_path / "sitecustomize.py").write_text(f"{register}\n{LEAVES}\n")
     ended = subprocess.run(
         [sys.executable, str(SCRIPTS / "report.py"), "nowhere"],
         cwd=tmp_path,
@@ -113,3 +120,15 @@ def test_handlers_of_others_are_called(
     assert ended.returncode == 2, ended.stderr
     assert (tmp_path / "handled").exists() is early
     assert (tmp_path / "left").exists() is not (early or bool(environment))
+
+
+@pytest.mark.slow
+def test_a_process_that_slurm_started_leaves_at_once_too(tmp_path: Path) -> None:
+    """Otherwise libraries would report leaks at the end of its output."""
+    (tmp_path / "sitecustomize.py").write_text(LEAVES)
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    told = {"PYTHONPATH": path, "REGROW_JOB": "nowhere", "REGROW_PARENT": str(os.getpid())}
+    child = [sys.executable, "-P", "-m", "regrow.runs.child"]
+    ended = subprocess.run(child, cwd=tmp_path, env={**os.environ, **told}, capture_output=True)
+    assert ended.returncode == 1 and b"nowhere" in ended.stderr
+    assert (tmp_path / "left").exists()

@@ -163,18 +163,25 @@ def test_two_agents_make_one_run_and_a_killed_one_ends_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("rank", "number", "name"),
+    [
+        (0, signal.SIGKILL, "SIGKILL"),
+        pytest.param(1, signal.SIGKILL, "SIGKILL", marks=pytest.mark.nightly),
+        pytest.param(1, 40, "signal 40", marks=pytest.mark.nightly),  # a real-time signal
+    ],
+)
 def test_a_killed_process_ends_the_run_and_the_same_command_resumes_it(
-    rank: int, whole: str, tmp_path: Path
+    rank: int, number: int, name: str, whole: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
     process = start(folder, *LONG)
     until((folder / "checkpoints" / "last").exists, process)
-    os.kill(ranks_of(folder)[rank], signal.SIGKILL)
+    os.kill(ranks_of(folder)[rank], number)
     _, err = process.communicate(timeout=90)
-    assert process.returncode == 1 and f"rank {rank} was killed by SIGKILL" in err
+    assert process.returncode == 1 and f"rank {rank} was killed by {name}" in err
     status = read_json(folder / "status.json")
-    assert status["state"] == "failed" and "SIGKILL" in status["error"]
+    assert status["state"] == "failed" and name in status["error"]
     run(folder, *LONG)
     assert fingerprint(folder) == whole
 

@@ -385,7 +385,7 @@ def test_a_sweep_is_submitted_as_one_array(cluster: dict[str, str], tmp_path: Pa
     assert "submitted to Slurm: 4 jobs" in done.stdout
     assert len({name.partition("_")[0] for name in jobs(cluster)}) == 1
     again = sweep(cluster, tmp_path, "seed=1,2", wrong, "trainer.mode=min")
-    assert again.returncode == 0 and "are queued or running already" in again.stdout, again.stderr
+    assert again.returncode == 0 and "queued or running already: " in again.stdout, again.stderr
     until_done(cluster, tmp_path)
     with (tmp_path / "sweep" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -394,6 +394,7 @@ def test_a_sweep_is_submitted_as_one_array(cluster: dict[str, str], tmp_path: Pa
     ] * 2  # fmt: skip
     assert rows[1]["reason"].startswith("trainer.monitor=val/nothing is not measured")
     assert (tmp_path / "sweep" / "sweep.html").is_file()
+    assert len([*(tmp_path / "sweep").glob("*/report.html")]) == 1  # sweep.pictures=best
     assert rows[0]["weights_sha256"] != rows[2]["weights_sha256"]
 
 

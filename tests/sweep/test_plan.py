@@ -22,7 +22,17 @@ from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import Lock, create
-from regrow.sweep import frozen, gpus, kinds, ledger, local, planning, search
+from regrow.sweep import (
+    finish,
+    frozen,
+    gpus,
+    kinds,
+    ledger,
+    local,
+    planning,
+    schedule,
+    search,
+)
 from regrow.sweep.composed import Composed
 
 LOADER: Any = None  # Hydra's parser only needs one for glob(…)
@@ -132,6 +142,23 @@ def test_a_job_that_a_real_time_signal_killed_is_one_that_failed() -> None:
     for code, name in ((-40, "signal 40"), (-11, "SIGSEGV"), (-9, "SIGKILL (out of memory?)")):
         ended = local.how(planned, code)
         assert (ended.state, ended.reason) == ("failed", f"its process was killed by {name}")
+
+
+def test_a_job_that_exits_with_0_before_its_run_is_complete_is_one_that_failed(
+    tmp_path: Path,
+) -> None:
+    """As by `os._exit(0)` in a user's code."""
+    entries = [ledger.JobEntry(n, f"{n}", {"seed": f"{n}"}, f"{n}") for n in range(2)]
+    begun(tmp_path, [])
+    ledger.write(tmp_path, entries)
+    for entry in entries:
+        (tmp_path / entry.folder).mkdir()
+        (tmp_path / entry.folder / "status.json").write_text('{"state": "running"}')
+    planned = planning.Planned(entries[0], None)  # type: ignore[arg-type]
+    stop = schedule.Stop(None)  # type: ignore[arg-type]
+    assert schedule.outcome(tmp_path, local.how(planned, 0), stop) == "failed"
+    finish.finish(tmp_path, 1, 0)  # as on Slurm
+    assert [ledger.state_of(tmp_path, entry)[0] for entry in entries] == ["failed", "failed"]
 
 
 def test_a_gpu_is_lent_once_also_to_another_sweep(tmp_path: Path) -> None:

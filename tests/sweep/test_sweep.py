@@ -139,6 +139,17 @@ def test_more_values_run_the_new_jobs_alone(grid: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_key_that_is_varied_later_distinguishes_the_earlier_jobs_too(
+    grid: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(grid, tmp_path / "sweep", symlinks=True)
+    later = ("optimizer=adamw", "seed=0", "data.batch_size=16,8")
+    done = sweep(tmp_path, "resume=sweep", *later)
+    assert done.returncode == 0, done.stderr
+    assert [row["data.batch_size"] for row in table(mine)] == ["16", "16", "16", "16", "8"]
+
+
+@pytest.mark.slow
 def test_a_job_that_somebody_changed_is_named(grid: Path, tmp_path: Path) -> None:
     mine = shutil.copytree(grid, tmp_path / "sweep", symlinks=True)
     assert all(row["reason"] == "" for row in table(mine))
@@ -199,6 +210,9 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
         (("launcher.jobs=0",), "launcher.jobs=0 must be an integer of at least 1, or auto"),
         (("sweep=list",), "there is no set"),
         (("sweep=list", "sweep.sets=[adamw]"), "must be overrides"),
+        (("sweep=list", 'sweep.sets=["seed=0","launcher.jobs=1"]'), "sets[1]: launcher.jobs is"),
+        (("sweep=list", 'sweep.sets=["seed=0,1"]'), "sets[0]: seed=0,1: a set takes one value"),
+        (("sweep.params={seed: 1, launcher: slurm}",), "sweep.params: launcher is the sweep's own"),
         (("sweep=optuna",), "nothing is varied"),
         (("sweep=optuna", "seed=0,1", "sweep.metric=accuracy"), "Did you mean"),
         (
@@ -208,6 +222,7 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
         (("sweep=optuna", "seed=0,1", "sweep.n_trials=0"), "sweep.n_trials=0 must be"),
         (("sweep=optuna", "seed=0,1", "sweep.metric=[]"), "or a list of 1 or more"),
         (("sweep.fail_fats=true",), "Did you mean sweep.fail_fast?"),
+        (("seed=0,1", "launcher=slurm", "sweep.fail_fast=true"), "fail_fast=true: Slurm's jobs"),
         (("seed=0,1", "hydra.sweep.subdir=x"), "would share it with job 0"),
         (("seed=0,1", "hydra.sweep.subdir=../x"), "must lie in the sweep's folder"),
     ],

@@ -9,7 +9,7 @@ outside: absent, arrive, check_environment, check_size, have_met, is_in_a_shell,
     others_in_words, PATIENCE, srun_environment, started_from_outside, wait_for_all, wait_until
 parent: die_with_parent
 ranks: count_of, run, STOPPED
-signals: before_the_run, handled, held, STOPPING, tell_of_nothing
+signals: before_the_run, handled, held, name_of, STOPPING, tell_of_nothing
 slurm: check, check_request, is_missing, SlurmOptions, submit, submit_array, waiting_or_running
 terminal: drop_unread, may_be_unread
 """

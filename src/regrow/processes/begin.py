@@ -94,6 +94,13 @@ def _leave() -> None:
     gc.unfreeze()  # or libraries report what is frozen as leaks
 
 
+def _register_leaving() -> None:
+    # The first handler to be registered is the last to be called. Others than that of logging, such
+    # as those that measure coverage in child processes, would not be called.
+    if atexit._ncallbacks() <= 1 and not any(os.environ.get(name) for name in INJECTED):
+        atexit.register(_leave)
+
+
 def _writes_files() -> bool:
     """Return True if a file is open for writing, beside stdout and stderr, or if nothing tells."""
     flushed = set()
@@ -122,10 +129,7 @@ def _quieten() -> None:
 
 def main() -> None:
     """Begin a command: every script calls this before it imports torch or Hydra."""
-    # The first handler to be registered is the last to be called. Others than that of logging, such
-    # as those that measure coverage in child processes, would not be called.
-    if atexit._ncallbacks() <= 1 and not any(os.environ.get(name) for name in INJECTED):
-        atexit.register(_leave)
+    _register_leaving()
     terminal.show()
     handed.update({k: os.environ.pop(k) for k in list(os.environ) if k.startswith(HANDED)})
     is_train = Path(sys.argv[0]).resolve() == ROOT / "scripts" / "train.py"
@@ -165,6 +169,7 @@ def rank(environment: Mapping[str, str]) -> None:
 
 def child(stopping: Iterable[signal.Signals]) -> None:
     """Begin a rank that `ranks.start` started with the signals `stopping` blocked."""
+    _register_leaving()
     rank({})
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)  # see `signals.held`

@@ -24,7 +24,14 @@ from regrow.config.job import Job
 from regrow.dotted import Checked
 from regrow.errors import MachineFault, UserError
 from regrow.processes import begin, outside
-from regrow.processes.signals import STOPPING, before_the_run, handled, held, tell_of_nothing
+from regrow.processes.signals import (
+    STOPPING,
+    before_the_run,
+    handled,
+    held,
+    name_of,
+    tell_of_nothing,
+)
 from regrow.record import records
 
 log = logging.getLogger("regrow")
@@ -151,8 +158,7 @@ def start(job: Job, count: int) -> Outcome:
     killed = {rank: -code for rank, code in codes.items() if code < 0 and code not in expected}
     if error is None and killed:
         rank, number = next(iter(killed.items()))
-        name = signal.Signals(number).name
-        error = {"kind": "killed", "text": f"rank {rank} was killed by {name}"}
+        error = {"kind": "killed", "text": f"rank {rank} was killed by {name_of(number)}"}
         stopped = []
     error = error or said["lost"]
     if error is not None and "step" not in error:

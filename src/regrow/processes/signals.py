@@ -42,6 +42,11 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def name_of(number: int) -> str:
+    """Return a signal's name; real-time signals have none."""
+    return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+
+
 class _BeforeTheRun:
     """The handlers of `scripts/train.py` until its run has a folder: importing torch takes seconds.
 

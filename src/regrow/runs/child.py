@@ -15,6 +15,7 @@ if __name__ == "__main__":
     begin.child(STOPPING)
     die_with_parent(int(os.environ["REGROW_PARENT"]))
 
-    from regrow.runs import worker
+    with begin.ending():
+        from regrow.runs import worker
 
-    worker.main()
+        worker.main()

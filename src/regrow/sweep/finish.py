@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from regrow.processes.ranks import STOPPED
+from regrow.processes.signals import name_of
 from regrow.sweep import ledger, results
 
 
@@ -16,19 +17,20 @@ def finish(folder: Path, number: int, code: int) -> None:
     (entry,) = [entry for entry in ledger.entries(folder) if entry.number == number]
     slurm = ledger.noted(folder, number).get("slurm")
     its, reason = ledger.state_of(folder, entry)
-    if code == 0 or code in STOPPED:
+    if its in ledger.GOOD or code in STOPPED:
         ledger.note(folder, number, "ended", slurm=slurm)
     elif code < 0:
-        reason = f"its process was killed by signal {-code}"
+        reason = f"its process was killed by {name_of(-code)}"
         ledger.note(folder, number, "failed", reason, slurm=slurm)
     else:
         reason = (reason if its == "failed" else None) or last_error(folder, slurm)
         ledger.note(folder, number, "failed", reason, slurm=slurm)
     with ledger.alone(folder, ledger.RESULTS_LOCK):  # several jobs may end at once
         found = results.write_table(folder)
+        content = ledger.read(folder)
         if all(row.state in ledger.ENDED for row in found.rows):
-            results.write_page(folder, found)
-        total = ledger.read(folder).get("total", 0)
+            results.write_page(folder, found, content.get("pictures", "none"))
+        total = content.get("total", 0)
         good = all(row.state in ledger.GOOD for row in found.rows)
         ledger.write(folder, complete=good and len(found.rows) >= total)
 

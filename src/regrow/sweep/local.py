@@ -17,6 +17,7 @@ from typing import Any
 
 from regrow.errors import UserError
 from regrow.processes.ranks import STOPPED
+from regrow.processes.signals import name_of
 from regrow.record import locks
 from regrow.record.manifest import cores
 from regrow.sweep import gpus, ledger, process
@@ -176,8 +177,6 @@ def how(planned: Planned, code: int) -> Ended:
     if code in STOPPED:
         return Ended(planned, "interrupted", None)
     if code < 0:
-        known = -code in {*signal.Signals}  # real-time signals have no names
-        name = signal.Signals(-code).name if known else f"signal {-code}"
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
-        return Ended(planned, "failed", f"its process was killed by {name}{memory}")
+        return Ended(planned, "failed", f"its process was killed by {name_of(-code)}{memory}")
     return Ended(planned, "failed", None)

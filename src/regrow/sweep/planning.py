@@ -34,6 +34,8 @@ from regrow.sweep import ledger
 from regrow.sweep.composed import Composed
 from regrow.sweep.kinds import Grid, Sets
 
+OWN = ("launcher", "sweep", "resume", "hydra")  # groups and keys of the whole sweep
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -63,7 +65,7 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
                 raise UserError(
                     f"{line}: an interval has infinitely many values. Use sweep=optuna."
                 )
-            if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
+            if is_own(key):
                 varied = key.partition("sweep.params.")[2]
                 raise UserError(
                     f"{line}: {key} is the sweep's own, and takes one value."
@@ -78,6 +80,30 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
         (list(values), [values[keys.index(key)] for key in swept])
         for values in itertools.product(*options.values())
     ]
+
+
+def is_own(override: str) -> bool:
+    return key_of(override).split(".")[0] in OWN
+
+
+def refuse_own(where: str, override: str) -> None:
+    """Raise UserError for a key of the whole sweep, which a job would ignore."""
+    if is_own(override) and key_of(override) != "hydra.sweep.subdir":
+        raise UserError(
+            f"{where}: {key_of(override)} is the sweep's own. Give it on the command line."
+        )
+
+
+def refuse_in_a_set(loader: ConfigLoader, number: int, overrides: Sequence[str]) -> None:
+    """Raise UserError for an override that no single job can have."""
+    for override in OverridesParser.create(config_loader=loader).parse_overrides([*overrides]):
+        line = str(override.input_line)
+        refuse_own(f"sweep.sets[{number}]", line)
+        if override.is_sweep_override():
+            raise UserError(
+                f"sweep.sets[{number}]: {line}: a set takes one value of each key. Give a key "
+                "several values on the command line, or write a set for each."
+            )
 
 
 def sets_of(options: Sets) -> list[list[str]]:
@@ -121,7 +147,8 @@ def combinations(
     The latter have several values, or keys that an earlier start has `varied`.
     """
     lines = [*lines_of(options.params), *arguments]
-    for each in sets_of(options) if isinstance(options, Sets) else [[]]:
+    for number, each in enumerate(sets_of(options) if isinstance(options, Sets) else [[]]):
+        refuse_in_a_set(loader, number, each)
         named = {key_of(o) for o in each}
         rest = [line for line in lines if key_of(line) not in named]
         for overrides, swept in grid(loader, rest):
@@ -130,7 +157,9 @@ def combinations(
 
 
 def lines_of(params: Mapping[str, Any] | None) -> list[str]:
-    """Return `sweep.params` as overrides; a list becomes several values."""
+    """Return `sweep.params` as overrides; a list becomes several values. Raises UserError."""
+    for key in params or {}:
+        refuse_own("sweep.params", str(key))
     return [
         f"{key}={','.join(map(_typed, value)) if isinstance(value, list) else _typed(value)}"
         for key, value in (params or {}).items()
@@ -167,8 +196,7 @@ class Composer:
         A job with the same config as one in `known` takes its number and folder.
         """
         overrides = [o for o in overrides if key_of(o) != "resume"]
-        values = dict(o.partition("=")[::2] for o in swept)
-        values = {key.lstrip("+"): value for key, value in values.items()}
+        values = by_key(swept)
         try:
             return self._planned(number, overrides, values, known or {})
         except UserError as error:
@@ -210,6 +238,20 @@ class Composer:
         job = job_of(cfg, self.folder / folder, command)
         entry = ledger.JobEntry(number, identity, swept, folder, overrides)
         return Planned(entry, job.started_again())
+
+
+def by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the values of overrides, as typed."""
+    return {key.lstrip("+"): value for key, _, value in (o.partition("=") for o in overrides)}
+
+
+def distinguished(entry: ledger.JobEntry, varied: Sequence[str]) -> ledger.JobEntry:
+    """Return an earlier start's job with its values of the keys that are `varied` since then.
+
+    The table would take it for another setting than a job of this start with the same values.
+    """
+    its = by_key([o for o in entry.overrides if key_of(o) in varied])
+    return dataclasses.replace(entry, swept={**entry.swept, **its, **entry.swept})
 
 
 def numbered(

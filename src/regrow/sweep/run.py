@@ -131,6 +131,7 @@ def _run(
             "overrides": same_sweep(config),
             "launcher": [o for o in planning.overrides_of(config) if is_of(o, "launcher")],
             "config": flags.source_of(config.hydra),
+            "pictures": options.pictures,
             "complete": False,
             "id": identity,
         },
@@ -146,6 +147,7 @@ def _run(
     swept = [override for _, its in wanted for override in its]
     lines = [*planning.lines_of(options.params), *arguments]
     sweep.agree(planning.fixed_by(lines, swept), swept)
+    known = [planning.distinguished(entry, sweep.facts["varied"]) for entry in known]
     planned = planning.numbered(composer, wanted, known)
     rest = planning.left_over(composer, planned, known, retry=options.retry_failed)
     jobs = sweep.prepared([*planned, *rest])
@@ -156,7 +158,7 @@ def _run(
     if sweep.is_for_slurm and todo:
         return submit(sweep, entries, todo)
     sweep.write(entries, total=len(entries))
-    what = f"{len(jobs)} job{'s'[: len(jobs) > 1]}"
+    what = counted(len(jobs))
     what += f" of {len(entries)}" if len(entries) > len(jobs) else ""
     introduce(folder, what, len(jobs) - len(todo), sweep.at_once, jobs)
     if not todo:
@@ -280,6 +282,11 @@ def search(
 def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
     """Return the request of the jobs to Slurm. Raises UserError if Slurm would reject it."""
     options: slurm.SlurmOptions = instantiate(sweep.launcher)
+    if sweep.options.fail_fast:
+        raise UserError(
+            "sweep.fail_fast=true: Slurm's jobs cannot be stopped from here. Leave it out, and "
+            "stop them with scancel."
+        )
     for one in jobs:
         slurm.check(options, one.job.config["trainer"])
     return options
@@ -303,14 +310,20 @@ def submit(sweep: Sweep, entries: Sequence[ledger.JobEntry], todo: Sequence[Plan
         raise
     records.link_latest(folder, Path("outputs", name))
     if queued:
-        log.info("%d jobs are queued or running already", len(queued))
+        log.info("queued or running already: %s", counted(len(queued)))
     if given:
         array = next(iter(given.values())).partition("_")[0]
-        log.info("submitted to Slurm: %d jobs, to be stopped with scancel %s", len(given), array)
+        log.info(
+            "submitted to Slurm: %s, to be stopped with scancel %s", counted(len(given)), array
+        )
     where = os.path.relpath(folder)
     log.info("folder: %s", where)
     log.info("how it stands: %s", command(where, script="report.py", root=manifest.own_root()))
     return 0
+
+
+def counted(jobs: int) -> str:
+    return f"{jobs} job{'s'[: jobs > 1]}"
 
 
 def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[Planned]) -> None:

@@ -125,12 +125,10 @@ def outcome(folder: Path, ended: Ended, stop: Stop) -> str:
     """Return a job's state after its process has ended. Notes a failure its run did not record."""
     entry = ended.planned.entry
     its, reason = ledger.state_of(folder, entry)
-    if its in ledger.GOOD or ended.state == "interrupted":
-        return its if its in ledger.GOOD else "interrupted"
-    if ended.state == "completed":
-        return "completed"
-    if stop.wished and its != "failed":  # stopped before it could exit cleanly
-        return "interrupted"
+    if its in ledger.GOOD:
+        return its
+    if ended.state == "interrupted" or (stop.wished and its != "failed"):
+        return "interrupted"  # in the second case, stopped before it could exit cleanly
     if ledger.noted(folder, entry.number).get("state") != "failed":
         reason = ended.reason or reason or "it ended without an error message"
         ledger.note(folder, entry.number, "failed", reason)
