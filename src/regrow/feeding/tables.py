@@ -365,7 +365,7 @@ def _targets(
             )
         index_of = {name: index for index, name in enumerate(names or [])}
         # Accept indices only if no class name is a number.
-        if not any(_is_index(name) for name in index_of):
+        if not any(_is_number(name) for name in index_of):
             index_of |= {str(index): index for index in range(count or 0)}
         if ignore_index is not None and kind == "multiclass":
             index_of.setdefault(str(ignore_index), ignore_index)
