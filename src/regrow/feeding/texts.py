@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -126,7 +127,11 @@ def text(
             f"data.num_classes={vocabulary_size}, but the vocabulary has {words.size} tokens: an "
             f"end token and {words.size - 1} others. Set data.num_classes={words.size}."
         )
-    found = {name: _tokens(part, words, input_shape[0], root) for name, part in parts.items()}
+    pieces = _pieces(parts)
+    found = {
+        name: _tokens(part, pieces[name], words, input_shape[0], root)
+        for name, part in parts.items()
+    }
     for name, split in found.items():
         if len(split.row) < 2:
             raise DataError(
@@ -218,6 +223,22 @@ def _first(documents: list[Document], size: int) -> list[Document]:
             break
         found.append(replace(each, stop=min(each.stop, each.start + size)))
         size -= each.stop - each.start
+def _pieces(parts: dict[str, list[Document]]) -> dict[str, list[Document]]:
+    """Return the documents of each split, divided where a part of an equal one begins or ends.
+
+    So what two splits have in common has one key, even if one of them has only a part of the file.
+    """
+    ends: dict[bytes, set[int]] = {}
+    for each in itertools.chain(*parts.values()):
+        ends.setdefault(each.sha256, set()).update((each.start, each.stop))
+
+    def divided(one: Document) -> list[Document]:
+        at = sorted(end for end in ends[one.sha256] if one.start <= end <= one.stop)
+        return [replace(one, start=start, stop=stop) for start, stop in itertools.pairwise(at)]
+
+    return {name: [it for one in part for it in divided(one)] for name, part in parts.items()}
+
+
     return found
 
 
@@ -263,7 +284,13 @@ def _vocabulary(name: str, size: int, parts: dict[str, list[Document]], root: st
     return found
 
 
-def _tokens(documents: list[Document], words: Vocabulary, context: int, root: str) -> Tokens:
+def _tokens(
+    documents: list[Document],
+    pieces: list[Document],
+    words: Vocabulary,
+    context: int,
+    root: str,
+) -> Tokens:
     """Return a split whose row is the memory map of a token file; without a cache, in memory.
 
     The name of the file holds a hash of all that it is made of, and one of its contents: a damaged
@@ -284,7 +311,7 @@ def _tokens(documents: list[Document], words: Vocabulary, context: int, root: st
             log.info("no token file is kept (%s): the tokens stay in memory", error.strerror)
             row = np.concatenate([np.empty(0, dtype), *_encoded(documents, words, dtype, root)])
             sha256 = hashlib.sha256(row.tobytes()).hexdigest()
-    return Tokens(row, context, sha256, _keys(documents), [each.file for each in documents])
+    return Tokens(row, context, sha256, _keys(pieces), [each.file for each in pieces])
 
 
 def _encoded(
