@@ -257,12 +257,12 @@ def image_folder(
             if name not in NAMES and (sets or {*_folders(folder / name, reading)} & {*classes}):
                 check_name(name)
                 folders[name] = folder / name
-        _look_beside(folder, [*folders], reading, "beside train and the sets", left_out)
+        look_beside(folder, [*folders], reading, "beside train and the sets", left_out)
 
     def read(where: Path) -> ImageFiles:
         if others := [name for name in _folders(where, reading) if name not in classes]:
             raise DataError(f"{where / others[0]} is none of the classes {listed(classes)}.")
-        _look_beside(where, classes, reading, "beside the class folders", left_out)
+        look_beside(where, classes, reading, "beside the class folders", left_out)
         paths = [(path, number) for number, name in enumerate(classes)
                  for path in _of_class(where / name, folder, reading, left_out)]  # fmt: skip
         why = left_out.sentence()
@@ -410,7 +410,7 @@ def _folders(folder: Path, reading: Reading) -> list[str]:
     return sorted(names)
 
 
-def _look_beside(
+def look_beside(
     folder: Path, read: Sequence[str], reading: Reading, where: str, left_out: LeftOut
 ) -> None:
     """Add everything in `folder` to `left_out`, except the folders `read`."""
