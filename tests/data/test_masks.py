@@ -393,6 +393,15 @@ def test_values_beyond_sixteen_bits_are_not_taken_for_the_nearest_class(
         (lambda root: None, ("source.mask_values=[0,1]",), "has 2 different values for data.num_"),
         (lambda root: None, ("source.mask_values=[0,1,2,2,3]",), "has 4 different values"),
         (lambda root: None, ("source.mask_values=[0,1,2,3,65536]",), "each an integer from 0 to"),
+        (
+            lambda root: [
+                (root / kind / old).rename(root / kind / new)
+                for kind in ("images", "masks")
+                for old, new in (("0", "Train"), ("1", "Val"), ("2", "Test"))
+            ],
+            (),
+            "images holds Test and Train and Val, but no folder train",
+        ),
         (lambda root: None, ("input_shape=[5]",), "not an image's shape"),
         (
             lambda root: Image.new("L", (16, 20)).save(root / "masks/0/00.tif"),

@@ -146,6 +146,14 @@ def test_a_part_of_a_document_in_two_splits_is_found(root: Path, of: Any) -> Non
         of()
 
 
+def test_folders_named_like_splits_are_not_taken_for_one_text(root: Path, of: Any) -> None:
+    for name, number in {"Train": 0, "Test": 3}.items():
+        (root / name).mkdir()
+        (root / f"{number}.txt").rename(root / name / "text.txt")
+    with pytest.raises(UserError, match=r"Test and Train, but no folder train\. Name the folders"):
+        of()
+
+
 def test_folders_of_the_splits_are_taken_as_they_are(root: Path, of: Any) -> None:
     for name, number in {"train": 0, "val": 2, "test": 3}.items():
         (root / name).mkdir()

@@ -45,6 +45,7 @@ from regrow.feeding.splits import (
     NAMES,
     Reading,
     Splits,
+    are_like_splits,
     check_fractions,
     check_name,
     cut,
@@ -218,9 +219,12 @@ def image_folder(
     class_names = text_names(class_names)
     names = [name for name in NAMES if name in inside]
     lone = [name for name in names if name not in (class_names or ())]
+    way_out = "Add train/<class>/…"
+    if class_names is None and are_like_splits(inside):
+        lone, way_out = inside, "Rename them to train, val and test"
     if lone and "train" not in names:
         raise UserError(
-            f"data.root={root} holds {' and '.join(lone)}, but no folder train. Add train/<class>/…"
+            f"data.root={root} holds {' and '.join(lone)}, but no folder train. {way_out}"
             f", or, if {lone[0]} is a class, name all classes in data.class_names."
         )
     folders = {name: folder / name for name in names} if "train" in names else {"train": folder}

@@ -30,6 +30,7 @@ from regrow.feeding.splits import (
     NAMES,
     Reading,
     Splits,
+    are_like_splits,
     check_fractions,
     check_name,
     cut,
@@ -318,6 +319,12 @@ def _places(
         chosen = [*(name for name in NAMES if name in found), *named]
         return {name: (found[name][0], found[name][1]) for name in chosen}
     if is_folder(root / images_in):
+        inside = [name for name in names if is_folder(root / images_in / name)]
+        if are_like_splits(inside):
+            raise UserError(
+                f"data.root={root}: {images_in} holds {' and '.join(inside)}, but no folder train. "
+                f"Rename them to train, val and test, there and in {masks_in}."
+            )
         return {"train": (root / images_in, root / masks_in)}
     raise UserError(
         f"data.root={root} has no folder train/{images_in}, {images_in}/train or {images_in}. Put "

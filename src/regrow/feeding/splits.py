@@ -22,6 +22,7 @@ from regrow.record.records import NOT_SETS
 
 NAMES = ("train", "val", "test")
 GIVEN = "given"  # of a split that the seed does not draw
+LIKE_SPLITS = re.compile("train|val|test", re.IGNORECASE)  # how a folder's name begins
 log = logging.getLogger("regrow.data")
 
 
@@ -209,6 +210,15 @@ def check_name(name: str) -> None:
             f"the set {name!r}: its metrics are named {name}/loss, so that its name may hold only "
             "letters, digits, - and _. Rename it."
         )
+
+
+def are_like_splits(names: Sequence[str]) -> bool:
+    """Return True for folders such as Train and Test, or training_set and test_set."""
+    return (
+        len(names) > 1
+        and all(map(LIKE_SPLITS.match, names))
+        and any(name.lower().startswith("train") for name in names)
+    )
 
 
 def text_names(class_names: Sequence[Any] | None) -> list[str] | None:

@@ -28,7 +28,14 @@ from regrow.feeding.files import (
     shown,
     unreadable,
 )
-from regrow.feeding.splits import NAMES, Splits, check_fractions, check_name, origins_of
+from regrow.feeding.splits import (
+    NAMES,
+    Splits,
+    are_like_splits,
+    check_fractions,
+    check_name,
+    origins_of,
+)
 from regrow.feeding.tokens import Tokens
 from regrow.feeding.vocabulary import (
     BYTE_PAIRS,
@@ -159,10 +166,15 @@ def _files(root: Path, sets: list[str] | None, left_out: LeftOut) -> dict[str, l
         raise UserError(
             f"data.source.sets={sets}: {root} holds no folder {missing[0]} beside a folder train."
         )
-    if lone := [name for name in ("val", "test") if not beside and is_folder(root / name)]:
-        raise UserError(f"data.root={root} holds {' and '.join(lone)}, but no folder train.")
     if root.is_file():
         return {"train": [root]}
+    inside = sorted(path.name for path in root.iterdir() if is_folder(path))
+    lone = inside if are_like_splits(inside) else [it for it in ("val", "test") if it in inside]
+    if lone and not beside:
+        raise UserError(
+            f"data.root={root} holds {' and '.join(lone)}, but no folder train. Name the folders "
+            "train, val and test; to split all texts by fractions, give them other names."
+        )
     folders = {"train": root / "train" if beside else root}
     for path in sorted(root.iterdir()) if beside else ():
         asked = path.name in NAMES or sets is None or path.name in sets
@@ -211,18 +223,6 @@ def _cut(
     return {"train": rest, **dict(reversed(parts.items()))}
 
 
-def _size(documents: list[Document]) -> int:
-    return sum(it.stop - it.start for it in documents)
-
-
-def _first(documents: list[Document], size: int) -> list[Document]:
-    """Return the first `size` bytes."""
-    found = []
-    for each in documents:
-        if size <= 0:
-            break
-        found.append(replace(each, stop=min(each.stop, each.start + size)))
-        size -= each.stop - each.start
 def _pieces(parts: dict[str, list[Document]]) -> dict[str, list[Document]]:
     """Return the documents of each split, divided where a part of an equal one begins or ends.
 
@@ -239,6 +239,18 @@ def _pieces(parts: dict[str, list[Document]]) -> dict[str, list[Document]]:
     return {name: [it for one in part for it in divided(one)] for name, part in parts.items()}
 
 
+def _size(documents: list[Document]) -> int:
+    return sum(it.stop - it.start for it in documents)
+
+
+def _first(documents: list[Document], size: int) -> list[Document]:
+    """Return the first `size` bytes."""
+    found = []
+    for each in documents:
+        if size <= 0:
+            break
+        found.append(replace(each, stop=min(each.stop, each.start + size)))
+        size -= each.stop - each.start
     return found
 
 
