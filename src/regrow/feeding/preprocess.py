@@ -586,7 +586,14 @@ def _train_statistics(splits: Splits, kind: str) -> tuple[list[float], list[floa
     values = train.inputs.double()
     if values.ndim > 2:  # per channel
         values = values.transpose(0, 1).flatten(1).T
-    return values.mean(0).tolist(), _deviations(values)
+    mean = values.mean(0)
+    if not bool(mean.isfinite().all()) and len(wrong := (~train.inputs.isfinite()).nonzero()):
+        example, *place = wrong[0].tolist()
+        raise DataError(
+            f"split train, example {example}: the input at {place} is NaN or infinite, and with "
+            "data.normalize=train all examples would be. Fill it in, or leave the example out."
+        )
+    return mean.tolist(), _deviations(values)
 
 
 def _histogram(images: Tensor) -> Tensor:
