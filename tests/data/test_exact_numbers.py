@@ -151,6 +151,16 @@ def test_an_input_without_a_value_is_named_before_it_spreads_to_all(value: float
     data_of(train, normalize="none", input_shape=[2, 3])  # a model may take it for missing
 
 
+def test_targets_of_any_layout_in_memory_are_standardised() -> None:
+    targets = torch.rand(5, 6, 30).permute(2, 1, 0)
+    own = {"target_kind": "regression", "num_classes": None, "num_outputs": 30}
+    train = Examples(torch.rand(30, 4), targets)
+    data = data_of(train, **own, normalize_targets=True)
+    (batch,) = [*data.evaluation("val", device=CPU)][:1]
+    units = data.in_units(batch.targets.flatten(1)).float()
+    assert torch.allclose(units, targets[:8].reshape(8, -1), atol=1e-6)
+
+
 @pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (50.0, True)])
 def test_targets_far_from_what_a_model_starts_with_are_said(scale: float, warns: bool) -> None:
     inputs = torch.rand(50, 2)

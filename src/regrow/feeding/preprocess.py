@@ -447,7 +447,7 @@ def standardised(
     """
     if mean is None or std is None:
         return single(values)
-    columns = values.double().view(len(values), -1)
+    columns = values.double().reshape(len(values), -1)
     shift, scale = (torch.tensor(it, dtype=dtype).to(columns) for it in (mean, std))
     rows = (columns - shift) / scale
     return rows.float().view_as(values)
@@ -498,7 +498,7 @@ def preprocessing(
                 "data.normalize_targets=true needs targets in memory. Set it to false, and scale "
                 "the targets in the data set."
             )
-        columns = train.targets.double().view(len(train), -1)
+        columns = train.targets.double().reshape(len(train), -1)
         target_mean, target_std = columns.mean(0).tolist(), _deviations(columns)
     return Preprocessing(
         kind=kind,
