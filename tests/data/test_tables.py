@@ -244,7 +244,8 @@ def test_a_table_that_is_read_without_a_config_keeps_the_rule_of_its_delimiter(
 
 def test_an_empty_file_and_one_without_rows_are_named(make_data: Make, folder: Path) -> None:
     for text, message in (
-        ("", "is empty"),
+        ("", "the first line is empty"),
+        ("\nx,y,even\n1,1,1\n", "the first line is empty"),
         ("x,y,even\n", "a header and no rows"),
         ("x,x,even\n1,1,1\n", "twice"),
     ):

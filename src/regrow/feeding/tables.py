@@ -46,7 +46,7 @@ def read_header(path: Path, delimiter: str) -> list[str]:
     rows = _rows(path, delimiter)
     _, header = next(rows, (0, []))
     if not header:
-        raise DataError(f"{path} is empty. Its first line must name the columns.")
+        raise DataError(f"{path}: the first line is empty. It must name the columns.")
     doubles = sorted({name for name in header if header.count(name) > 1})
     if doubles:
         raise DataError(f"{path}, line 1: column {doubles[0]!r} is there twice. Rename one.")
