@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -91,7 +91,9 @@ class Examples:
 
     def keys(self) -> list[Hashable]:
         """Return one key per example, equal for equal inputs, whatever their targets."""
-        rows = self.inputs.contiguous().unsqueeze(-1).flatten(1).view(torch.uint8).numpy()
+        rows: Iterable[Any] = self.inputs.contiguous().unsqueeze(-1).flatten(1).numpy()
+        if self.inputs.is_floating_point():
+            rows = (row + 0.0 for row in rows)  # makes -0.0 the 0.0 that it equals
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 
 
