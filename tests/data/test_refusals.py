@@ -160,6 +160,17 @@ def test_a_label_that_is_not_0_or_1_is_named_wherever_it_is(kind: str) -> None:
             data(wrong, 33)
 
 
+def test_images_of_a_set_in_another_type_than_those_of_train_are_refused() -> None:
+    """The statistics of pixels in 0 … 255 would make pixels in 0 … 1 nearly constant."""
+    pixels = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8)
+    classes = torch.arange(40) % 3
+    train, val = Examples(pixels, classes), Examples(pixels.flip(0) / 255, classes)
+    for one, other, said in ((train, val, "float32, and train of uint8"), (val, train, "uint8")):
+        with pytest.raises(DataError, match=rf"^split val holds images of {said}"):
+            data_of(one, source=Splits(one, other), input_shape=[3, 4, 4])
+        assert data_of(one, input_shape=[3, 4, 4]).num_examples == {"train": 40, "val": 40}
+
+
 def test_a_soft_target_that_is_not_a_distribution_is_named_wherever_it_is() -> None:
     def data(*row: float) -> Data:
         targets = torch.full((40, 3), 1 / 3)

@@ -159,6 +159,14 @@ class DataChecks:
                 f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
                 f"{found}{what}. Set data.input_shape=[{','.join(map(str, found))}]."
             )
+        train = self.source.train
+        types = [it.inputs.dtype for it in (split, train) if isinstance(it, Examples)]
+        if split.inputs.ndim == 4 and len({it == torch.uint8 for it in types}) > 1:
+            of_split, of_train = (str(it).removeprefix("torch.") for it in types)
+            raise DataError(
+                f"split {name} holds images of {of_split}, and train of {of_train}: one "
+                "normalisation does not fit both. Give them in one type and range."
+            )
         if len(split.targets) != len(split.inputs):
             raise DataError(
                 f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
