@@ -217,10 +217,10 @@ def image_folder(
     folder, left_out = root_of(root, reading)
     inside = _folders(folder, reading)
     class_names = text_names(class_names)
-    names = [name for name in NAMES if name in inside]
-    lone = [name for name in names if name not in (class_names or ())]
-    way_out = "Add train/<class>/…"
-    if class_names is None and are_like_splits(inside):
+    are_classes = class_names is not None and sorted(class_names) == inside
+    names = [name for name in NAMES if name in inside and not are_classes]
+    lone, way_out = names, "Add train/<class>/…"
+    if not are_classes and are_like_splits(inside):
         lone, way_out = inside, "Rename them to train, val and test"
     if lone and "train" not in names:
         raise UserError(
@@ -239,9 +239,10 @@ def image_folder(
             f"data.source.sets={sets}: {folder} holds no folder {missing[0]} beside a folder train."
         )
     if not found:
+        or_class = ", or, if train is a class, name all classes in data.class_names" * bool(names)
         raise UserError(
             f"data.root={root}: {folders['train']} holds no folders of classes. It should hold a "
-            "folder for each class, with its images."
+            f"folder for each class, with its images{or_class}."
         )
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
         given = f" and data.class_names={class_names}" if class_names is not None else ""
