@@ -17,7 +17,7 @@ from lab.data.datasets import from_datasets
 from lab.tasks.losses import CrossEntropy
 from lab.tasks.tasks import Multiclass
 from regrow.errors import DataError, UserError
-from regrow.feeding.feeds import outside
+from regrow.feeding.items import outside
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples, Splits
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError, UserError, listed
-from regrow.feeding.feeds import out_of_range, outside
 from regrow.feeding.images import ImageFiles
+from regrow.feeding.items import out_of_range, outside
 from regrow.feeding.mixing import Mix, refuse_integers
 from regrow.feeding.preprocess import NUM_SAMPLED, Normalizer, Preprocessing
 from regrow.feeding.sampling import Windows

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import brief
-from regrow.feeding.feeds import seeded
+from regrow.feeding.items import seeded
 from regrow.feeding.splits import MapStyle
 from regrow.feeding.transforms import Epochs, with_epochs
 from regrow.randomness import key

@@ -19,8 +19,9 @@ from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.broken_images import counted
 from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
 from regrow.feeding.decoding import BrokenImage
-from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names
+from regrow.feeding.feeds import FileFeed, MemoryFeed
 from regrow.feeding.images import ImageFiles
+from regrow.feeding.items import input_names
 from regrow.feeding.mixing import Mix, pairs_of, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
