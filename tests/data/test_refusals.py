@@ -275,6 +275,20 @@ def test_weights_are_one_number_of_zero_or_more_for_each_example(weights: list[f
         Examples(torch.zeros(4, 4), CLASSES, np.array(weights))
 
 
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf, torch.ones(1)])
+def test_the_weight_of_an_item_is_a_number_of_zero_or_more(weight: Any) -> None:
+    def batches(weight: Any) -> list[Any]:
+        items = [(torch.zeros(4), 0, weight)] * 4
+        source = from_datasets(train=items, val=items, test=None, collate=None)
+        return list(data_of(items, source=source).evaluation("val", device=CPU))
+
+    assert batches(0.5)[0].weights.tolist() == [0.5] * 4
+    with pytest.raises(
+        DataError, match=r"^val: the weights of a batch, of shape .* are not one fi"
+    ):
+        batches(weight)
+
+
 def test_a_source_that_returns_something_else_is_named() -> None:
     with pytest.raises(UserError, match=r"data\.source gives a tuple"):
         data_of(None, source=(1, 2, 3))

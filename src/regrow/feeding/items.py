@@ -201,9 +201,18 @@ class Collate:
                     f"{self.name}, in a batch: {out_of_range(wrong, self.num_classes)}"
                 )
         inputs, targets, weights = found
+        if weights is not None and not _are_weights(weights):
+            return BrokenItem(
+                f"{self.name}: the weights of a batch, of shape {list(weights.shape)}, are not one "
+                "finite number of zero or more for each example. Let each item give such a number."
+            )
         # A worker cannot send a tensor with a graph.
         inputs, targets = each(inputs, Tensor.detach), each(targets, Tensor.detach)
         return inputs, targets, None if weights is None else weights.detach()
+
+
+def _are_weights(weights: Tensor) -> bool:
+    return weights.ndim == 1 and bool((weights.isfinite() & (weights >= 0)).all())
 
 
 def collated(items: list[Any], collate: Callable[[list[Any]], Any] | None) -> Inputs:
