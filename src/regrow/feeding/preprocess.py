@@ -192,7 +192,8 @@ class Preprocessing:
                     f"input={path}: this run's features have no names. Give an .npy array (N, "
                     f"{self.shape[0]}) instead."
                 )
-            rows = torch.from_numpy(read_table(path, self.delimiter, columns, []).features)
+            table = read_table(path, self.delimiter, columns, [], is_fixed=True)
+            rows = torch.from_numpy(table.features)
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 yield [str(start + row) for row in range(len(part))], part
