@@ -14,6 +14,7 @@ import torch
 from running import as_hydra_has_it, composed
 
 from lab.tasks.metrics import Metrics, regression_metrics
+from regrow.errors import DataError
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import in_units, standardised
 from regrow.feeding.splits import Examples, Splits
@@ -138,6 +139,26 @@ def test_a_constant_is_shifted_and_not_scaled_by_its_rounding(
     signals[:, 1] = 0.1  # a channel
     own = data_of(Examples(signals, torch.arange(50) % 3), normalize="train", input_shape=[2, 4])
     assert own.preprocessing.std is not None and own.preprocessing.std[1] == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_input_without_a_value_is_named_before_it_spreads_to_all(value: float) -> None:
+    inputs = torch.rand(8, 2, 3)
+    inputs[5, 1, 2] = value
+    train = Examples(inputs, torch.arange(8) % 3)
+    with pytest.raises(DataError, match=r"split train, example 5: the input at \[1, 2\] is NaN or"):
+        data_of(train, normalize="train", input_shape=[2, 3])
+    data_of(train, normalize="none", input_shape=[2, 3])  # a model may take it for missing
+
+
+def test_targets_of_any_layout_in_memory_are_standardised() -> None:
+    targets = torch.rand(5, 6, 30).permute(2, 1, 0)
+    own = {"target_kind": "regression", "num_classes": None, "num_outputs": 30}
+    train = Examples(torch.rand(30, 4), targets)
+    data = data_of(train, **own, normalize_targets=True)
+    (batch,) = [*data.evaluation("val", device=CPU)][:1]
+    units = data.in_units(batch.targets.flatten(1)).float()
+    assert torch.allclose(units, targets[:8].reshape(8, -1), atol=1e-6)
 
 
 @pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (50.0, True)])

@@ -26,7 +26,7 @@ from lab.data.augment import Photo
 from lab.data.datasets import from_datasets
 from regrow.config.targets import instantiate
 from regrow.errors import DataError, UserError
-from regrow.feeding import feeds
+from regrow.feeding import items
 from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.decoding import load_image
 from regrow.feeding.loaders import Data
@@ -141,7 +141,7 @@ def test_without_a_seed_per_example_the_number_of_workers_would_show(
     """The negative control."""
     import contextlib
 
-    monkeypatch.setattr(feeds, "seeded", lambda value: contextlib.nullcontext())
+    monkeypatch.setattr(items, "seeded", lambda value: contextlib.nullcontext())
     runs = [
         list(of_ones_own(Noisy(13, 0), num_workers=n).train(device=CPU).epoch(0)) for n in (0, 1)
     ]
@@ -516,7 +516,7 @@ def test_a_photo_is_a_pure_function_of_the_seed() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 
     def seeded(value: int) -> bytes:
-        with feeds.seeded(value):
+        with items.seeded(value):
             return photo(image).tobytes()
 
     assert seeded(1) == seeded(1) != seeded(2)

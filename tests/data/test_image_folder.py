@@ -447,6 +447,30 @@ def test_a_folder_with_val_and_without_train_says_so(make_data: Make, image_root
     assert data.class_names == ["dog", "val"]
 
 
+def test_a_class_may_be_called_train(make_data: Make, image_root: Path) -> None:
+    (image_root / "dog").rename(image_root / "train")
+    arguments = ("image_folder", f"root={image_root}", *SMALL)
+    with pytest.raises(UserError, match=r"train holds no folders .* if train is a class, name all"):
+        make_data(*arguments)
+    data = make_data(*arguments, "class_names=[cat,train]")  # as the message advises
+    assert sum(data.num_examples.values()) == 24
+
+
+def test_folders_named_like_splits_are_not_taken_for_classes(
+    make_data: Make, image_root: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "both"
+    for name in ("Train", "Test"):
+        shutil.copytree(image_root, root / name)
+    arguments = ("image_folder", f"root={root}", *SMALL, "overlap=ignore")
+    with pytest.raises(UserError, match=r"Test and Train, but no folder train\. Rename them to"):
+        make_data(*arguments)
+    assert make_data(*arguments, "class_names=[Test,Train]").num_classes == 2  # as it advises
+    (root / "Test").rename(root / "testimony")
+    (root / "Train").rename(root / "other")
+    assert make_data(*arguments).class_names == ["other", "testimony"]
+
+
 def test_the_files_of_an_older_record_are_those_of_its_time(
     make_data: Make, tmp_path: Path
 ) -> None:

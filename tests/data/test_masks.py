@@ -253,6 +253,21 @@ def test_the_default_augmentation_scales_a_mask_without_mixing_its_classes(
         assert bool(wrong < 0.03) is (recolours == 0.0)  # brightness changes the image alone
 
 
+def test_the_images_may_lie_deeper_and_what_lies_beside_them_is_named(
+    make_data: Make, tmp_path: Path
+) -> None:
+    for number, mask in enumerate(masks_of(30, 16, 20).numpy().astype(np.uint8)):
+        write(tmp_path / "train" / "scans", f"{number:02}", mask)
+    (tmp_path / "train" / "scans" / "images" / "notes").mkdir()
+    (tmp_path / "train" / "depth").mkdir()
+    (tmp_path / "readme.md").touch()
+    names = ("source.images_in=scans/images", "source.masks_in=scans/masks")
+    data = make_data("mask_folder", f"root={tmp_path}", *FILES, *names)
+    assert sum(data.num_examples.values()) == 30
+    (note,) = data.notes
+    assert "2 beside the images and masks (readme.md, train/depth)" in note
+
+
 def test_folders_of_splits_are_found_in_both_layouts(make_data: Make, tmp_path: Path) -> None:
     arrays = iter(masks_of(40, 16, 16).numpy().astype(np.uint8))
     for layout in ("{split}/{kind}", "{kind}/{split}"):
@@ -375,7 +390,18 @@ def test_values_beyond_sixteen_bits_are_not_taken_for_the_nearest_class(
             (),
             "has no folder train/images, images",
         ),
-        (lambda root: None, ("source.mask_values=[0,1]",), "has 2 values for data.num_classes=5"),
+        (lambda root: None, ("source.mask_values=[0,1]",), "has 2 different values for data.num_"),
+        (lambda root: None, ("source.mask_values=[0,1,2,2,3]",), "has 4 different values"),
+        (lambda root: None, ("source.mask_values=[0,1,2,3,65536]",), "each an integer from 0 to"),
+        (
+            lambda root: [
+                (root / kind / old).rename(root / kind / new)
+                for kind in ("images", "masks")
+                for old, new in (("0", "Train"), ("1", "Val"), ("2", "Test"))
+            ],
+            (),
+            "images holds Test and Train and Val, but no folder train",
+        ),
         (lambda root: None, ("input_shape=[5]",), "not an image's shape"),
         (
             lambda root: Image.new("L", (16, 20)).save(root / "masks/0/00.tif"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.errors import UserError
+from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import Preprocessing
 
@@ -84,6 +84,12 @@ def test_rows_of_a_table_are_processed_as_in_evaluation(make_data: Make, tmp_pat
     lines = [f"{b},{a}" for a, b in test[:, [1, 0]].tolist()]  # no target, other column order
     (tmp_path / "new.csv").write_text("\n".join(["b,a", *lines]))
     assert torch.equal(read(data, tmp_path / "new.csv"), evaluated(data))
+    # An error offers no change of what a run has fixed.
+    for text, said in (("b;a\n1;2\n", "The run's is ','."), ("b,a\n1,x\n", "Write a number.")):
+        (tmp_path / "new.csv").write_text(text)
+        with pytest.raises(DataError) as caught:
+            read(data, tmp_path / "new.csv")
+        assert str(caught.value).endswith(said)
     np.save(tmp_path / "new.npy", test.numpy())
     assert torch.equal(read(data, tmp_path / "new.npy"), evaluated(data))
 
@@ -124,7 +130,7 @@ def test_wrong_inputs_are_one_line(make_data: Make, tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             read(data, path)
         assert message in str(caught.value) and "\n" not in str(caught.value)
-        assert name in str(caught.value)
+        assert name in str(caught.value) and "allow_pickle" not in str(caught.value)
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="not a readable array"):
         read(digits, tmp_path / "pickled.npy")

@@ -17,7 +17,7 @@ from lab.data.datasets import from_datasets
 from lab.tasks.losses import CrossEntropy
 from lab.tasks.tasks import Multiclass
 from regrow.errors import DataError, UserError
-from regrow.feeding.feeds import outside
+from regrow.feeding.items import outside
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples, Splits
 
@@ -161,6 +161,17 @@ def test_a_label_that_is_not_0_or_1_is_named_wherever_it_is(kind: str) -> None:
             data(wrong, 33)
 
 
+def test_images_of_a_set_in_another_type_than_those_of_train_are_refused() -> None:
+    """The statistics of pixels in 0 … 255 would make pixels in 0 … 1 nearly constant."""
+    pixels = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8)
+    classes = torch.arange(40) % 3
+    train, val = Examples(pixels, classes), Examples(pixels.flip(0) / 255, classes)
+    for one, other, said in ((train, val, "float32, and train of uint8"), (val, train, "uint8")):
+        with pytest.raises(DataError, match=rf"^split val holds images of {said}"):
+            data_of(one, source=Splits(one, other), input_shape=[3, 4, 4])
+        assert data_of(one, input_shape=[3, 4, 4]).num_examples == {"train": 40, "val": 40}
+
+
 def test_a_soft_target_that_is_not_a_distribution_is_named_wherever_it_is() -> None:
     def data(*row: float) -> Data:
         targets = torch.full((40, 3), 1 / 3)
@@ -263,6 +274,20 @@ def test_examples_of_no_numbers_are_one_line(inputs: Any, targets: Any, message:
 def test_weights_are_one_number_of_zero_or_more_for_each_example(weights: list[float]) -> None:
     with pytest.raises(DataError, match=r"Examples\.weights"):
         Examples(torch.zeros(4, 4), CLASSES, np.array(weights))
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf, torch.ones(1)])
+def test_the_weight_of_an_item_is_a_number_of_zero_or_more(weight: Any) -> None:
+    def batches(weight: Any) -> list[Any]:
+        items = [(torch.zeros(4), 0, weight)] * 4
+        source = from_datasets(train=items, val=items, test=None, collate=None)
+        return list(data_of(items, source=source).evaluation("val", device=CPU))
+
+    assert batches(0.5)[0].weights.tolist() == [0.5] * 4
+    with pytest.raises(
+        DataError, match=r"^val: the weights of a batch, of shape .* are not one fi"
+    ):
+        batches(weight)
 
 
 def test_a_source_that_returns_something_else_is_named() -> None:

@@ -15,7 +15,7 @@ from running import config_of, fingerprint, train_config
 from test_files import of_ones_own
 from torch import Tensor
 
-from regrow.feeding import feeds, identity
+from regrow.feeding import identity, items
 from regrow.feeding.transforms import Epochs, with_epochs
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_every_process_knows_the_epoch_before_its_first_example(
 
 def test_a_data_set_that_is_not_told_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: torch's own loader tells workers nothing."""
-    monkeypatch.setattr(feeds._Seeded, "begin", lambda self, epoch: None)
+    monkeypatch.setattr(items.SeededItems, "begin", lambda self, epoch: None)
     found = rows(of_ones_own(Curriculum()).train(device=CPU).epoch(3))
     assert found[:, 1].unique().tolist() == [-1]
 

@@ -80,6 +80,8 @@ def test_duplicates_land_in_one_split() -> None:
     sets = [set(part.inputs.view(-1).tolist()) for part in parts if part is not None]
     assert sum(map(len, sets)) == 50 and [len(p) for p in parts] == [120, 40, 40]
     check_overlap(Splits(*parts), "refuse")
+    signed = torch.cat([inputs[:50], -inputs[:50]])  # 0.0 and -0.0 are one number
+    assert len({*Examples(signed, torch.zeros(100)).keys()}) == 99
     # The negative control: split by row, the same values are in two splits.
     train, val, _ = cut(range(200), np.zeros(200), val_fraction=0.2, test_fraction=0.2, seed=0)
     with pytest.raises(DataError, match="val examples are in train too"):

@@ -54,6 +54,18 @@ def test_classes_by_name_become_indices(make_data: Make, folder: Path) -> None:
     assert torch.equal(2 - split.inputs[:, 0].long() % 3, split.targets)
 
 
+def test_a_class_named_by_a_number_is_not_taken_for_an_index(
+    make_data: Make, tmp_path: Path
+) -> None:
+    """pandas writes a column of integers as 1.0 and 2.0 once a cell of it was missing."""
+    rows = "".join(f"{index},{index % 2 + 1}.0\n" for index in range(20))
+    (tmp_path / "rows.csv").write_text(f"x,grade\n{rows}")
+    (tmp_path / "val.csv").write_text("x,grade\n30,1\n31,1\n")
+    given = ("num_classes=2", "source.val_file=val.csv")
+    with pytest.raises(DataError, match=r"class '1' is none of the 2 classes 1\.0, 2\.0"):
+        make_data(*arguments(tmp_path, "multiclass", "grade", 2, 1, *given))
+
+
 def test_a_class_may_be_called_none(make_data: Make, tmp_path: Path) -> None:
     rows = "".join(f"{index},{'None' if index % 2 else 'Mild'}\n" for index in range(20))
     (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}")
@@ -233,7 +245,8 @@ def test_a_table_that_is_read_without_a_config_keeps_the_rule_of_its_delimiter(
 
 def test_an_empty_file_and_one_without_rows_are_named(make_data: Make, folder: Path) -> None:
     for text, message in (
-        ("", "is empty"),
+        ("", "the first line is empty"),
+        ("\nx,y,even\n1,1,1\n", "the first line is empty"),
         ("x,y,even\n", "a header and no rows"),
         ("x,x,even\n1,1,1\n", "twice"),
     ):

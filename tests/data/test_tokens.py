@@ -132,6 +132,28 @@ def test_a_document_in_two_splits_is_counted_among_the_documents(root: Path, of:
         of("source.test_fraction=0")
 
 
+def test_a_part_of_a_document_in_two_splits_is_found(root: Path, of: Any) -> None:
+    """The end of train is cut off for test, so that train and val share a part of the file."""
+    for name in ("train", "val"):
+        (root / name).mkdir()
+        (root / name / "text.txt").write_bytes((root / "3.txt").read_bytes())
+    with pytest.raises(DataError, match=r"^1 of the 2 val examples are in train too"):
+        of()
+    (root / "val" / "text.txt").write_bytes((root / "5.txt").read_bytes())
+    assert of().num_overlapping == {}
+    (root / "train" / "twice.txt").write_bytes((root / "3.txt").read_bytes())
+    with pytest.raises(DataError, match=r"^1 of the 1 test examples are in train too"):
+        of()
+
+
+def test_folders_named_like_splits_are_not_taken_for_one_text(root: Path, of: Any) -> None:
+    for name, number in {"Train": 0, "Test": 3}.items():
+        (root / name).mkdir()
+        (root / f"{number}.txt").rename(root / name / "text.txt")
+    with pytest.raises(UserError, match=r"Test and Train, but no folder train\. Name the folders"):
+        of()
+
+
 def test_folders_of_the_splits_are_taken_as_they_are(root: Path, of: Any) -> None:
     for name, number in {"train": 0, "val": 2, "test": 3}.items():
         (root / name).mkdir()

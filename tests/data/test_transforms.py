@@ -16,7 +16,7 @@ from test_files import SMALL, Noisy, of_ones_own
 from torch import Tensor
 
 from regrow.errors import DataError, UserError
-from regrow.feeding import feeds
+from regrow.feeding import items
 from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples
@@ -80,7 +80,7 @@ def test_without_a_seed_per_example_the_number_of_workers_would_show(
     make_data: Make, same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: v2 draws from torch's global state."""
-    monkeypatch.setattr(feeds, "seeded", lambda value: contextlib.nullcontext())
+    monkeypatch.setattr(items, "seeded", lambda value: contextlib.nullcontext())
     runs = [
         batches_of(make_data("digits", "limit_train=20", f"transforms=[{RAND}]",
                              f"num_workers={number}"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lab import step
 from lab.tasks.losses import LossOutput
 from regrow.distributed.parallel import World
-from regrow.feeding.feeds import _Seeded
+from regrow.feeding.items import SeededItems
 
 
 class Drawing(nn.Module):
@@ -78,7 +78,7 @@ def test_each_example_of_a_file_draws_other_numbers_and_other_ones_in_each_epoch
             return 9
 
     def item(seed: int, name: str, epoch: int, index: int) -> float:
-        value: float = _Seeded(Random(), name, seed, None, None)[epoch, index][0].item()
+        value: float = SeededItems(Random(), name, seed, None, None)[epoch, index][0].item()
         return value
 
     places = itertools.product((0, 1), ("train", "val"), (0, 1), range(9))

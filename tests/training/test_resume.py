@@ -531,10 +531,10 @@ def test_a_source_that_draws_gives_the_same_splits_at_each_start(tmp_path: Path)
 def test_examples_that_draw_without_a_seed_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrow.feeding import feeds
+    from regrow.feeding import items
 
     train_config(tmp_path / "whole", read_by(0))
-    monkeypatch.setattr(feeds, "key", lambda *parts: random.getrandbits(60))
+    monkeypatch.setattr(items, "key", lambda *parts: random.getrandbits(60))
     train_config(tmp_path / "cut", read_by(0), stop_at=5)
     train_config(tmp_path / "cut", read_by(0))
     assert not same(tmp_path / "cut", tmp_path / "whole")

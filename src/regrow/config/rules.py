@@ -274,7 +274,9 @@ RULES: dict[str, Rule] = {
     "data.source.retries": integer(0),
     "data.source.resize": optional(either(choice("auto"), integer(1))),
     "data.source.vocabulary": text(),
-    "data.source.mask_values": optional(list_of(integer(0))),
+    "data.source.mask_values": optional(
+        list_of(Rule("an integer from 0 to 65535", {**integer(0).schema, "maximum": 65535}))
+    ),
     **below("data.source", "images_in masks_in", text()),
     "data.source.delimiter": Rule("one character", {**text().schema, "maxLength": 1}),
     "data.source.target_columns": list_of(text()),

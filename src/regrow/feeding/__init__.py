@@ -5,9 +5,9 @@ Public, by module; all else is private to this folder.
 batch: LoadedBatch, each, noise, parts_of
 broken_images: BrokenImages
 decoding: BrokenImage, fit, size_of
-feeds: collated
 files: shown, without_gone
 images: class_folders, image_folder
+items: collated
 loaders: Data
 masks: as_written, mask_folder
 mixing: Mix

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError, UserError, listed
-from regrow.feeding.feeds import out_of_range, outside
 from regrow.feeding.images import ImageFiles
+from regrow.feeding.items import out_of_range, outside
 from regrow.feeding.mixing import Mix, refuse_integers
-from regrow.feeding.preprocess import NUM_SAMPLED, Normalizer, Preprocessing
+from regrow.feeding.preprocess import NUM_SAMPLED, Normalizer, Preprocessing, rounding
 from regrow.feeding.sampling import Windows
 from regrow.feeding.splits import Examples, Split, Splits
 from regrow.feeding.streams import Stream
@@ -159,6 +159,14 @@ class DataChecks:
                 f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
                 f"{found}{what}. Set 'data.input_shape=[{','.join(map(str, found))}]'."
             )
+        train = self.source.train
+        types = [it.inputs.dtype for it in (split, train) if isinstance(it, Examples)]
+        if split.inputs.ndim == 4 and len({it == torch.uint8 for it in types}) > 1:
+            of_split, of_train = (str(it).removeprefix("torch.") for it in types)
+            raise DataError(
+                f"split {name} holds images of {of_split}, and train of {of_train}: one "
+                "normalisation does not fit both. Give them in one type and range."
+            )
         if len(split.targets) != len(split.inputs):
             raise DataError(
                 f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
@@ -264,6 +272,99 @@ class DataChecks:
             "data.normalize=none, or give inputs [features, time].",
             *(first, last, float(spread.amin()), float(spread.amax())),
         )
+
+    def check_cache(self, augmentation: Any) -> None:
+        """Raise UserError if `data.cache=resized` does not fit the data. Resizes nothing."""
+        key, source = "data.cache=resized", self.source
+        if not all(isinstance(split, ImageFiles) for _, split in source.items()):
+            raise UserError(
+                f"{key} keeps the resized images of data=image_folder, and this data is "
+                f"{type(source.train).__name__}. Set data.cache=null."
+            )
+        if source.resize is None:
+            raise UserError(
+                f"{key} needs the shorter side of the resized images. Set data.source.resize, such "
+                f"as {max(self.input_shape or [256])}, or data.cache=null."
+            )
+        name = type(augmentation).__name__
+        if augmentation is not None and not takes_resized(augmentation):
+            raise UserError(
+                f"{key}: data.augmentation={name} takes the original image, which is not kept. Use "
+                f"data=resized_folder, whose {lab_name()}.data.augment.CropResized takes the "
+                "resized one, data.augmentation=null, or data.cache=null."
+            )
+
+    def refuse_overflow(self, how: Preprocessing) -> None:
+        """Raise DataError for a number of a table that float32 makes infinite."""
+        normalize, columns = Normalizer(how), self.source.columns
+        for name, split in self.source.items():
+            if not isinstance(split, Examples) or split.inputs.dtype != torch.float64:
+                continue
+            for start in range(0, len(split), NUM_SAMPLED):
+                rows = split.inputs[start : start + NUM_SAMPLED]
+                lost = (normalize.features(rows).isinf() & rows.isfinite()).nonzero()
+                if len(lost):
+                    at = lost[0].tolist()
+                    column = f", column {columns[at[1]]!r}" if columns else ""
+                    raise DataError(
+                        f"split {name}, example {start + at[0]}{column}: {float(rows[*at]):g} is "
+                        "too large for float32, which models compute in. Correct it, or write "
+                        "the column in another unit."
+                    )
+
+    def warn_of_rounding(self, how: Preprocessing) -> None:
+        """Warn if float32, which models compute in, would lose digits of the data."""
+        train = self.source.train
+        if not isinstance(train, Examples):
+            return
+        for what, values, is_raw, way_out in (
+            ("targets", train.targets, how.target_mean is None, "data.normalize_targets=true"),
+            ("inputs", train.inputs, how.mean is None, "data.normalize=train"),
+        ):
+            if is_raw and (lost := rounding(values)) > 1e-3:
+                log.warning(
+                    "the %s are large against their spread: float32 rounds them by up to %.2g of "
+                    "it. Set %s, which standardises in float64.",
+                    *(what, lost, way_out),
+                )
+
+    def far_targets(self, how: Preprocessing) -> str | None:
+        """Return a warning if regression targets are far from 0, where models start, else None."""
+        train = self.source.train
+        if self.target_kind != "regression" or how.target_mean is not None:
+            return None
+        if not isinstance(train, Examples) or float(train.targets.abs().amax()) <= 10:
+            return None
+        columns = train.targets.double().reshape(len(train), -1)
+        means, deviations = columns.mean(0), columns.std(0, correction=0)
+        furthest = int(torch.maximum(means.abs(), deviations).argmax())
+        mean, deviation = float(means[furthest]), float(deviations[furthest])
+        if max(abs(mean), deviation) <= 10 or rounding(train.targets) > 1e-3:
+            return None
+        return (
+            f"the targets have a mean of {mean:.4g} and a standard deviation of {deviation:.4g}: a "
+            "model starts near 0 and learns them slowly. Set data.normalize_targets=true"
+        )
+
+    def without_a_class(self, class_names: list[str] | None) -> list[str]:
+        """Return a line for each set that is measured and lacks examples of a class."""
+        if self.target_kind != "multiclass" or not self.num_classes:
+            return []
+        lines = []
+        names = class_names or range(self.num_classes)
+        for name, split in self.source.items():
+            if name == "train" or not isinstance(split, Examples | ImageFiles):
+                continue
+            targets = torch.as_tensor(split.targets)
+            there = set(targets.tolist()) if targets.ndim == 1 else {*range(self.num_classes)}
+            missing = [str(names[each]) for each in range(self.num_classes) if each not in there]
+            if missing:
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                lines.append(
+                    f"{name} holds no example of {', '.join(missing[:3])}{more}: its metrics, and "
+                    "weights chosen by them, do not count these classes"
+                )
+        return lines
 
 
 def order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:

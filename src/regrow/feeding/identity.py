@@ -1,4 +1,4 @@
-"""The identity of a user's data set, from the contents of a few of its items."""
+"""The identity of a split: by all it holds in memory, or by the contents of a few of its items."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from regrow.errors import brief
-from regrow.feeding.feeds import seeded
-from regrow.feeding.splits import MapStyle
+from regrow.feeding.items import seeded
+from regrow.feeding.splits import Examples, MapStyle, Split
+from regrow.feeding.streams import Stream
 from regrow.feeding.transforms import Epochs, with_epochs
 from regrow.randomness import key
 
@@ -23,6 +24,24 @@ NUM_READ = 16  # items per split, spread evenly from the first to the last
 
 class Unknown(Exception):
     """Raised if the items do not identify the data set; the text says why."""
+
+
+def of_split(split: Split, how: str) -> str:
+    """Return a split's SHA-256. Raises Unknown if its items cannot be compared."""
+    if isinstance(split, Examples):
+        digest = hashlib.sha256()
+        for tensor in (split.inputs, split.targets, split.weights, split.draw_weights):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+    if isinstance(split, Stream):
+        if hasattr(split.dataset, "fingerprint"):
+            return str(split.dataset.fingerprint())
+        raise Unknown("a stream has no numbered items")
+    if hasattr(split, "fingerprint"):
+        return str(split.fingerprint())
+    return of_items(split) if how == "contents" else of_length(split)
 
 
 def of_items(dataset: MapStyle) -> str:

@@ -45,6 +45,7 @@ from regrow.feeding.splits import (
     NAMES,
     Reading,
     Splits,
+    are_like_splits,
     check_fractions,
     check_name,
     cut,
@@ -216,11 +217,14 @@ def image_folder(
     folder, left_out = root_of(root, reading)
     inside = _folders(folder, reading)
     class_names = text_names(class_names)
-    names = [name for name in NAMES if name in inside]
-    lone = [name for name in names if name not in (class_names or ())]
+    are_classes = class_names is not None and sorted(class_names) == inside
+    names = [name for name in NAMES if name in inside and not are_classes]
+    lone, way_out = names, "Add train/<class>/…"
+    if not are_classes and are_like_splits(inside):
+        lone, way_out = inside, "Rename them to train, val and test"
     if lone and "train" not in names:
         raise UserError(
-            f"data.root={root} holds {' and '.join(lone)}, but no folder train. Add train/<class>/…"
+            f"data.root={root} holds {' and '.join(lone)}, but no folder train. {way_out}"
             f", or, if {lone[0]} is a class, name all classes in data.class_names."
         )
     folders = {name: folder / name for name in names} if "train" in names else {"train": folder}
@@ -235,9 +239,10 @@ def image_folder(
             f"data.source.sets={sets}: {folder} holds no folder {missing[0]} beside a folder train."
         )
     if not found:
+        or_class = ", or, if train is a class, name all classes in data.class_names" * bool(names)
         raise UserError(
             f"data.root={root}: {folders['train']} holds no folders of classes. It should hold a "
-            "folder for each class, with its images."
+            f"folder for each class, with its images{or_class}."
         )
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
         given = f" and data.class_names={class_names}" if class_names is not None else ""
@@ -257,12 +262,12 @@ def image_folder(
             if name not in NAMES and (sets or {*_folders(folder / name, reading)} & {*classes}):
                 check_name(name)
                 folders[name] = folder / name
-        _look_beside(folder, [*folders], reading, "beside train and the sets", left_out)
+        look_beside(folder, [*folders], reading, "beside train and the sets", left_out)
 
     def read(where: Path) -> ImageFiles:
         if others := [name for name in _folders(where, reading) if name not in classes]:
             raise DataError(f"{where / others[0]} is none of the classes {listed(classes)}.")
-        _look_beside(where, classes, reading, "beside the class folders", left_out)
+        look_beside(where, classes, reading, "beside the class folders", left_out)
         paths = [(path, number) for number, name in enumerate(classes)
                  for path in _of_class(where / name, folder, reading, left_out)]  # fmt: skip
         why = left_out.sentence()
@@ -410,7 +415,7 @@ def _folders(folder: Path, reading: Reading) -> list[str]:
     return sorted(names)
 
 
-def _look_beside(
+def look_beside(
     folder: Path, read: Sequence[str], reading: Reading, where: str, left_out: LeftOut
 ) -> None:
     """Add everything in `folder` to `left_out`, except the folders `read`."""

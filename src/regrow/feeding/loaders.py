@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,10 +16,11 @@ from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.broken_images import counted
-from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
+from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of
 from regrow.feeding.decoding import BrokenImage
-from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names
+from regrow.feeding.feeds import FileFeed, MemoryFeed
 from regrow.feeding.images import ImageFiles
+from regrow.feeding.items import input_names
 from regrow.feeding.mixing import Mix, pairs_of, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
@@ -28,7 +28,6 @@ from regrow.feeding.preprocess import (
     Preprocessing,
     in_units,
     preprocessing,
-    rounding,
     standardised,
 )
 from regrow.feeding.resized import keep_resized
@@ -41,12 +40,11 @@ from regrow.feeding.sampling import (
     sample,
 )
 from regrow.feeding.shards import ShardItems
-from regrow.feeding.splits import Examples, Split, Splits, check_overlap, text_names
-from regrow.feeding.streams import Stream, with_stream
+from regrow.feeding.splits import Examples, Splits, check_overlap, text_names
+from regrow.feeding.streams import with_stream
 from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
 from regrow.phases import timed
-from regrow.project import lab_name
 from regrow.protocols import Inputs
 from regrow.randomness import generator
 from regrow.record.pictures import by_range
@@ -244,31 +242,14 @@ class Data:
             raise counted(source, error) from None
         if self.mixing is not None:
             self._checks().check_mixing(self.mixing, self.preprocessing)
-        self._refuse_overflow()
-        self._warn_of_rounding()
+        self._checks().refuse_overflow(self.preprocessing)
+        self._checks().warn_of_rounding(self.preprocessing)
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
 
     def check_cache(self) -> None:
         """Raise UserError if `data.cache=resized` does not fit the data. Resizes nothing."""
-        key, source = "data.cache=resized", self.source
-        if not all(isinstance(split, ImageFiles) for _, split in source.items()):
-            raise UserError(
-                f"{key} keeps the resized images of data=image_folder, and this data is "
-                f"{type(source.train).__name__}. Set data.cache=null."
-            )
-        if source.resize is None:
-            raise UserError(
-                f"{key} needs the shorter side of the resized images. Set data.source.resize, such "
-                f"as {max(self.input_shape or [256])}, or data.cache=null."
-            )
-        name = type(self.augmentation).__name__
-        if self.augmentation is not None and not takes_resized(self.augmentation):
-            raise UserError(
-                f"{key}: data.augmentation={name} takes the original image, which is not kept. Use "
-                f"data=resized_folder, whose {lab_name()}.data.augment.CropResized takes the "
-                "resized one, data.augmentation=null, or data.cache=null."
-            )
+        self._checks().check_cache(self.augmentation)
 
     def _cached(self, cache_root: str | None, max_gb: float) -> Splits:
         """Return the source with its images resized once. Raises UserError, DataError."""
@@ -288,27 +269,7 @@ class Data:
     @property
     def notes(self) -> list[str]:
         """Lines about the source to log at the start of a run."""
-        return [*self.source.notes, *self._without_a_class()]
-
-    def _without_a_class(self) -> list[str]:
-        """Return a line for each set that is measured and lacks examples of a class."""
-        if self.target_kind != "multiclass" or not self.num_classes:
-            return []
-        lines = []
-        names = self.class_names or range(self.num_classes)
-        for name, split in self.source.items():
-            if name == "train" or not isinstance(split, Examples | ImageFiles):
-                continue
-            targets = torch.as_tensor(split.targets)
-            there = set(targets.tolist()) if targets.ndim == 1 else {*range(self.num_classes)}
-            missing = [str(names[each]) for each in range(self.num_classes) if each not in there]
-            if missing:
-                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-                lines.append(
-                    f"{name} holds no example of {', '.join(missing[:3])}{more}: its metrics, and "
-                    "weights chosen by them, do not count these classes"
-                )
-        return lines
+        return [*self.source.notes, *self._checks().without_a_class(self.class_names)]
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -533,7 +494,7 @@ class Data:
             if names and name not in names:
                 continue
             try:
-                digest = _sha256(split, self.identity)
+                digest = identity.of_split(split, self.identity)
             except identity.Unknown as error:
                 digest, unknown[name] = identity.of_length(split), str(error)
             found[name] = {"examples": len(split), "sha256": digest}
@@ -617,55 +578,7 @@ class Data:
 
     def far_targets(self) -> str | None:
         """Return a warning if regression targets are far from 0, where models start, else None."""
-        train = self.source.train
-        if self.target_kind != "regression" or self.preprocessing.target_mean is not None:
-            return None
-        if not isinstance(train, Examples) or float(train.targets.abs().amax()) <= 10:
-            return None
-        columns = train.targets.double().reshape(len(train), -1)
-        means, deviations = columns.mean(0), columns.std(0, correction=0)
-        furthest = int(torch.maximum(means.abs(), deviations).argmax())
-        mean, deviation = float(means[furthest]), float(deviations[furthest])
-        if max(abs(mean), deviation) <= 10 or rounding(train.targets) > 1e-3:
-            return None
-        return (
-            f"the targets have a mean of {mean:.4g} and a standard deviation of {deviation:.4g}: a "
-            "model starts near 0 and learns them slowly. Set data.normalize_targets=true"
-        )
-
-    def _refuse_overflow(self) -> None:
-        """Raise DataError for a number of a table that float32 makes infinite."""
-        normalize, columns = Normalizer(self.preprocessing), self.source.columns
-        for name, split in self.source.items():
-            if not isinstance(split, Examples) or split.inputs.dtype != torch.float64:
-                continue
-            for start in range(0, len(split), NUM_SAMPLED):
-                rows = split.inputs[start : start + NUM_SAMPLED]
-                lost = (normalize.features(rows).isinf() & rows.isfinite()).nonzero()
-                if len(lost):
-                    at = lost[0].tolist()
-                    column = f", column {columns[at[1]]!r}" if columns else ""
-                    raise DataError(
-                        f"split {name}, example {start + at[0]}{column}: {float(rows[*at]):g} is "
-                        "too large for float32, which models compute in. Correct it, or write "
-                        "the column in another unit."
-                    )
-
-    def _warn_of_rounding(self) -> None:
-        """Warn if float32, which models compute in, would lose digits of the data."""
-        train, how = self.source.train, self.preprocessing
-        if not isinstance(train, Examples):
-            return
-        for what, values, is_raw, way_out in (
-            ("targets", train.targets, how.target_mean is None, "data.normalize_targets=true"),
-            ("inputs", train.inputs, how.mean is None, "data.normalize=train"),
-        ):
-            if is_raw and (lost := rounding(values)) > 1e-3:
-                log.warning(
-                    "the %s are large against their spread: float32 rounds them by up to %.2g of "
-                    "it. Set %s, which standardises in float64.",
-                    *(what, lost, way_out),
-                )
+        return self._checks().far_targets(self.preprocessing)
 
     def _checks(self) -> DataChecks:
         return DataChecks(
@@ -722,21 +635,3 @@ def _in_memory(source: Splits) -> bool:
 def _stores(augmentation: Any) -> bool:
     """Return True if an augmentation lays out the images in memory, or cannot be called at all."""
     return hasattr(augmentation, "store") or not callable(augmentation)
-
-
-def _sha256(split: Split, how: str) -> str:
-    """Return a split's SHA-256. Raises identity.Unknown if its items cannot be compared."""
-    if isinstance(split, Examples):
-        digest = hashlib.sha256()
-        for tensor in (split.inputs, split.targets, split.weights, split.draw_weights):
-            if tensor is not None:
-                digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
-    if isinstance(split, Stream):
-        if hasattr(split.dataset, "fingerprint"):
-            return str(split.dataset.fingerprint())
-        raise identity.Unknown("a stream has no numbered items")
-    if hasattr(split, "fingerprint"):
-        return str(split.fingerprint())
-    return identity.of_items(split) if how == "contents" else identity.of_length(split)

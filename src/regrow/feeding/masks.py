@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,19 @@ from torch import Tensor
 from regrow.errors import DataError, UserError
 from regrow.feeding.decoding import fit, formats_for, load_image, opened, to_tensor
 from regrow.feeding.files import LeftOut, contents_of, is_folder, keys_of_copies, shown
-from regrow.feeding.images import check_size, find_images, frames, group_of, root_of
+from regrow.feeding.images import (
+    check_size,
+    find_images,
+    frames,
+    group_of,
+    look_beside,
+    root_of,
+)
 from regrow.feeding.splits import (
     NAMES,
     Reading,
     Splits,
+    are_like_splits,
     check_fractions,
     check_name,
     cut,
@@ -227,16 +235,18 @@ def mask_folder(
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
     channels, size, side = check_size(input_shape, resize)
-    if mask_values is not None and len(mask_values) != num_classes:
+    if mask_values is not None and len({*mask_values}) != num_classes:
         raise UserError(
-            f"data.source.mask_values has {len(mask_values)} values for data.num_classes="
-            f"{num_classes}. Give the value of each class."
+            f"data.source.mask_values has {len({*mask_values})} different values for "
+            f"data.num_classes={num_classes}. Give the value of each class."
         )
     reading = Reading(extensions, tuple(leave_out), exif_orientation)
     folder, left_out = root_of(root, reading)
     shared = (size, channels, side, root, exif_orientation, num_classes, ignore_index)
     own = {}
-    for name, (of_images, of_masks) in _places(folder, images_in, masks_in, sets).items():
+    places = _places(folder, images_in, masks_in, sets)
+    _look_around(folder, [it for pair in places.values() for it in pair], reading, left_out)
+    for name, (of_images, of_masks) in places.items():
         pairs = _pairs(of_images, of_masks, mask_suffix, reading, left_out)
         files, found = ([str(pair[side]) for pair in pairs] for side in (0, 1))
         groups = None
@@ -288,10 +298,7 @@ def _places(
     root: Path, images_in: str, masks_in: str, sets: list[str] | None
 ) -> dict[str, tuple[Path, Path]]:
     """Return the folders of images and masks of each split that has its own."""
-    for layout in ("{name}/{kind}", "{kind}/{name}"):
-        beside = (root / layout.format(name="train", kind=images_in)).parent
-        if layout == "{name}/{kind}":
-            beside = beside.parent
+    for layout, beside in (("{name}/{kind}", root), ("{kind}/{name}", root / images_in)):
         names = sorted(path.name for path in beside.iterdir()) if is_folder(beside) else []
         found = {
             name: tuple(
@@ -312,12 +319,26 @@ def _places(
         chosen = [*(name for name in NAMES if name in found), *named]
         return {name: (found[name][0], found[name][1]) for name in chosen}
     if is_folder(root / images_in):
+        inside = [name for name in names if is_folder(root / images_in / name)]
+        if are_like_splits(inside):
+            raise UserError(
+                f"data.root={root}: {images_in} holds {' and '.join(inside)}, but no folder train. "
+                f"Rename them to train, val and test, there and in {masks_in}."
+            )
         return {"train": (root / images_in, root / masks_in)}
     raise UserError(
         f"data.root={root} has no folder train/{images_in}, {images_in}/train or {images_in}. Put "
         f"the images there and the masks into {masks_in} beside it, or name the folders: "
         "data.source.images_in=… data.source.masks_in=…"
     )
+
+
+def _look_around(root: Path, read: Collection[Path], reading: Reading, left_out: LeftOut) -> None:
+    """Add everything below `root` that lies beside the folders `read` to `left_out`."""
+    above = {it for folder in read for it in folder.parents if it.is_relative_to(root)}
+    for folder in sorted(above):
+        names = [it.name for it in (*above, *read) if it.parent == folder]
+        look_beside(folder, names, reading, "beside the images and masks", left_out)
 
 
 def _pairs(

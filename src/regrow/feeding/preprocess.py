@@ -192,7 +192,8 @@ class Preprocessing:
                     f"input={path}: this run's features have no names. Give an .npy array (N, "
                     f"{self.shape[0]}) instead."
                 )
-            rows = torch.from_numpy(read_table(path, self.delimiter, columns, []).features)
+            table = read_table(path, self.delimiter, columns, [], is_fixed=True)
+            rows = torch.from_numpy(table.features)
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 yield [str(start + row) for row in range(len(part))], part
@@ -259,7 +260,7 @@ class Preprocessing:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            reason = brief(error, 200)
+            reason = brief(error, 200).partition(". ")[0].rstrip(".")  # not how to load a pickle
             raise DataError(f"{path} is not a readable array: {reason}.") from None
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
             raise DataError(f"{path} holds no plain numbers. Save one numeric array with np.save.")
@@ -447,7 +448,7 @@ def standardised(
     """
     if mean is None or std is None:
         return single(values)
-    columns = values.double().view(len(values), -1)
+    columns = values.double().reshape(len(values), -1)
     shift, scale = (torch.tensor(it, dtype=dtype).to(columns) for it in (mean, std))
     rows = (columns - shift) / scale
     return rows.float().view_as(values)
@@ -498,7 +499,7 @@ def preprocessing(
                 "data.normalize_targets=true needs targets in memory. Set it to false, and scale "
                 "the targets in the data set."
             )
-        columns = train.targets.double().view(len(train), -1)
+        columns = train.targets.double().reshape(len(train), -1)
         target_mean, target_std = columns.mean(0).tolist(), _deviations(columns)
     return Preprocessing(
         kind=kind,
@@ -586,7 +587,14 @@ def _train_statistics(splits: Splits, kind: str) -> tuple[list[float], list[floa
     values = train.inputs.double()
     if values.ndim > 2:  # per channel
         values = values.transpose(0, 1).flatten(1).T
-    return values.mean(0).tolist(), _deviations(values)
+    mean = values.mean(0)
+    if not bool(mean.isfinite().all()) and len(wrong := (~train.inputs.isfinite()).nonzero()):
+        example, *place = wrong[0].tolist()
+        raise DataError(
+            f"split train, example {example}: the input at {place} is NaN or infinite, and with "
+            "data.normalize=train all examples would be. Fill it in, or leave the example out."
+        )
+    return mean.tolist(), _deviations(values)
 
 
 def _histogram(images: Tensor) -> Tensor:

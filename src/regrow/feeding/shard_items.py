@@ -25,7 +25,7 @@ from regrow.errors import DataError, brief
 from regrow.feeding.batch import described
 from regrow.feeding.shard_index import UNIT
 
-OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # modes that Pillow saves as PNG
+OF_PNG = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # modes that Pillow saves as PNG
 Member = tuple[str, int, int]  # the name after the key, and where its content begins and ends
 
 
@@ -43,7 +43,7 @@ def encoded(key: str, item: Any) -> bytes:
     for name, value in fields_of(item).items():
         suffix, content = _encoded(name, value)
         info = tarfile.TarInfo(f"{key}.{suffix}")
-        if len(info.name) > 100 or "/" in suffix:
+        if len(info.name.encode(errors="surrogateescape")) > 100 or {*suffix} & {"/", "\0"}:
             raise DataError(f"an item's field {name!r}: such a name does not fit a tar file.")
         info.size = len(content)
         parts += [info.tobuf(tarfile.USTAR_FORMAT), content, b"\0" * (-len(content) % UNIT)]
@@ -104,8 +104,8 @@ def file_of(value: Any) -> File | None:
         return value
     if hasattr(value, "getexif"):  # a Pillow image
         written = io.BytesIO()
-        if value.mode == "F":
-            raise DataError("an item's image is of floats. Give an array instead.")
+        if value.mode in ("F", "I"):
+            raise DataError(f"an item's image is of 32 bits (mode {value.mode}). Give an array.")
         try:
             image = value if value.mode in OF_PNG else value.convert("RGB")
         except ValueError as error:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -22,6 +22,7 @@ from regrow.record.records import NOT_SETS
 
 NAMES = ("train", "val", "test")
 GIVEN = "given"  # of a split that the seed does not draw
+LIKE_SPLITS = re.compile("train|val|test", re.IGNORECASE)  # how a folder's name begins
 log = logging.getLogger("regrow.data")
 
 
@@ -90,7 +91,9 @@ class Examples:
 
     def keys(self) -> list[Hashable]:
         """Return one key per example, equal for equal inputs, whatever their targets."""
-        rows = self.inputs.contiguous().unsqueeze(-1).flatten(1).view(torch.uint8).numpy()
+        rows: Iterable[Any] = self.inputs.contiguous().unsqueeze(-1).flatten(1).numpy()
+        if self.inputs.is_floating_point():
+            rows = (row + 0.0 for row in rows)  # makes -0.0 the 0.0 that it equals
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 
 
@@ -209,6 +212,15 @@ def check_name(name: str) -> None:
             f"the set {name!r}: its metrics are named {name}/loss, so that its name may hold only "
             "letters, digits, - and _. Rename it."
         )
+
+
+def are_like_splits(names: Sequence[str]) -> bool:
+    """Return True for folders such as Train and Test, or training_set and test_set."""
+    return (
+        len(names) > 1
+        and all(map(LIKE_SPLITS.match, names))
+        and any(name.lower().startswith("train") for name in names)
+    )
 
 
 def text_names(class_names: Sequence[Any] | None) -> list[str] | None:

@@ -46,24 +46,30 @@ def read_header(path: Path, delimiter: str) -> list[str]:
     rows = _rows(path, delimiter)
     _, header = next(rows, (0, []))
     if not header:
-        raise DataError(f"{path} is empty. Its first line must name the columns.")
+        raise DataError(f"{path}: the first line is empty. It must name the columns.")
     doubles = sorted({name for name in header if header.count(name) > 1})
     if doubles:
         raise DataError(f"{path}, line 1: column {doubles[0]!r} is there twice. Rename one.")
     return header
 
 
-def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str]) -> Table:
-    """Read `columns` as finite numbers and `texts` as text. Raises DataError."""
+def read_table(
+    path: Path, delimiter: str, columns: list[str], texts: list[str], *, is_fixed: bool = False
+) -> Table:
+    """Read `columns` as finite numbers and `texts` as text.
+
+    Raises DataError, which names keys of the config unless a run has fixed them: `is_fixed`.
+    """
     header = read_header(path, delimiter)
     missing = [name for name in [*columns, *texts] if name not in header]
     if missing:
         hint = ""
         if len(header) == 1 and (others := [sign for sign in ";\t|," if sign in header[0]]):
             sign = "$" if others[0] == "\t" else ""  # makes the shell insert a tab
-            hint = f""" Is {others[0]!r} its delimiter? Then add {sign}'data.source.delimiter="{
-                others[0] if not sign else chr(92) + "t"
-            }"'."""
+            hint = f" Is {others[0]!r} its delimiter? The run's is {delimiter!r}."
+            if not is_fixed:
+                key = f'data.source.delimiter="{others[0] if not sign else chr(92) + "t"}"'
+                hint = f" Is {others[0]!r} its delimiter? Then add {sign}'{key}'."
         raise DataError(f"{path} has no column {missing[0]!r}; it has {listed(header)}.{hint}")
     numeric = [(header.index(name), name) for name in columns]
     textual = [(header.index(name), name) for name in texts]
@@ -74,6 +80,10 @@ def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str])
     rows = _rows(path, delimiter)
     next(rows)
     blank = 0
+    otherwise = (
+        ", or name the columns of numbers in data.source.feature_columns. A category needs a "
+        "column of 0 and 1 for each of its values"
+    ) * (not is_fixed)
     way_out = f"Remove the {delimiter!r} at the end of each line."  # if each ends with one
     for line, row in rows:
         if not row:
@@ -92,7 +102,7 @@ def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str])
             )
         features.append(
             [
-                column.number(row[at], f"{where}, column {name!r}")
+                column.number(row[at], f"{where}, column {name!r}", otherwise)
                 for column, (at, name) in zip(read, numeric, strict=True)
             ]
         )
@@ -122,8 +132,11 @@ class Column:
     def __init__(self) -> None:
         self.truths: bool | None = None  # True if its cells are true and false
 
-    def number(self, text: str, where: str) -> float:
-        """Return the cell as a finite float; true is 1, false 0. Raises DataError with `where`."""
+    def number(self, text: str, where: str, otherwise: str = "") -> float:
+        """Return the cell as a finite float; true is 1, false 0. Raises DataError with `where`.
+
+        `otherwise`: what else than to write a number may be done.
+        """
         truth = TRUTHS.get(text.lower())
         if self.truths is None:
             self.truths = truth is not None
@@ -134,22 +147,17 @@ class Column:
                     f"{where}: the cell holds {text[:40]!r}, and the cells above hold {kinds[0]}. "
                     f"Write {kinds[0]} alone, or {kinds[1]} alone."
                 )
-        return truth if truth is not None else number(text, where)
+        return truth if truth is not None else number(text, where, otherwise)
 
 
-def number(text: str, where: str) -> float:
+def number(text: str, where: str, otherwise: str = "") -> float:
     """Return the cell as a finite float. Raises DataError with `where`."""
     if _is_number(text):
         return float(text)
     if not text:
         raise DataError(f"{where}: the cell is empty. Fill it in or remove the line.")
     marks = re.fullmatch(r"[-+]?[\d.,'_\s]+", text)
-    way_out = (
-        "Write numbers as 1234.5."
-        if marks
-        else "Write a number, or name the columns of numbers in data.source.feature_columns. A "
-        "category needs a column of 0 and 1 for each of its values."
-    )
+    way_out = "Write numbers as 1234.5." if marks else f"Write a number{otherwise}."
     raise DataError(
         f"{where}: the cell holds {text[:40]!r}, which is not a finite number. {way_out}"
     )
@@ -368,7 +376,7 @@ def _targets(
             )
         index_of = {name: index for index, name in enumerate(names or [])}
         # Accept indices only if no class name is a number.
-        if not any(_is_index(name) for name in index_of):
+        if not any(_is_number(name) for name in index_of):
             index_of |= {str(index): index for index in range(count or 0)}
         if ignore_index is not None and kind == "multiclass":
             index_of.setdefault(str(ignore_index), ignore_index)

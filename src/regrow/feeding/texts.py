@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,14 @@ from regrow.feeding.files import (
     shown,
     unreadable,
 )
-from regrow.feeding.splits import NAMES, Splits, check_fractions, check_name, origins_of
+from regrow.feeding.splits import (
+    NAMES,
+    Splits,
+    are_like_splits,
+    check_fractions,
+    check_name,
+    origins_of,
+)
 from regrow.feeding.tokens import Tokens
 from regrow.feeding.vocabulary import (
     BYTE_PAIRS,
@@ -126,7 +134,11 @@ def text(
             f"data.num_classes={vocabulary_size}, but the vocabulary has {words.size} tokens: an "
             f"end token and {words.size - 1} others. Set data.num_classes={words.size}."
         )
-    found = {name: _tokens(part, words, input_shape[0], root) for name, part in parts.items()}
+    pieces = _pieces(parts)
+    found = {
+        name: _tokens(part, pieces[name], words, input_shape[0], root)
+        for name, part in parts.items()
+    }
     for name, split in found.items():
         if len(split.row) < 2:
             raise DataError(
@@ -154,10 +166,15 @@ def _files(root: Path, sets: list[str] | None, left_out: LeftOut) -> dict[str, l
         raise UserError(
             f"data.source.sets={sets}: {root} holds no folder {missing[0]} beside a folder train."
         )
-    if lone := [name for name in ("val", "test") if not beside and is_folder(root / name)]:
-        raise UserError(f"data.root={root} holds {' and '.join(lone)}, but no folder train.")
     if root.is_file():
         return {"train": [root]}
+    inside = sorted(path.name for path in root.iterdir() if is_folder(path))
+    lone = inside if are_like_splits(inside) else [it for it in ("val", "test") if it in inside]
+    if lone and not beside:
+        raise UserError(
+            f"data.root={root} holds {' and '.join(lone)}, but no folder train. Name the folders "
+            "train, val and test; to split all texts by fractions, give them other names."
+        )
     folders = {"train": root / "train" if beside else root}
     for path in sorted(root.iterdir()) if beside else ():
         asked = path.name in NAMES or sets is None or path.name in sets
@@ -204,6 +221,22 @@ def _cut(
         if fraction := fractions.get(name, 0.0):
             rest, parts[name] = _divided(rest, _size(rest) - round(fraction * total))
     return {"train": rest, **dict(reversed(parts.items()))}
+
+
+def _pieces(parts: dict[str, list[Document]]) -> dict[str, list[Document]]:
+    """Return the documents of each split, divided where a part of an equal one begins or ends.
+
+    So what two splits have in common has one key, even if one of them has only a part of the file.
+    """
+    ends: dict[bytes, set[int]] = {}
+    for each in itertools.chain(*parts.values()):
+        ends.setdefault(each.sha256, set()).update((each.start, each.stop))
+
+    def divided(one: Document) -> list[Document]:
+        at = sorted(end for end in ends[one.sha256] if one.start <= end <= one.stop)
+        return [replace(one, start=start, stop=stop) for start, stop in itertools.pairwise(at)]
+
+    return {name: [it for one in part for it in divided(one)] for name, part in parts.items()}
 
 
 def _size(documents: list[Document]) -> int:
@@ -263,7 +296,13 @@ def _vocabulary(name: str, size: int, parts: dict[str, list[Document]], root: st
     return found
 
 
-def _tokens(documents: list[Document], words: Vocabulary, context: int, root: str) -> Tokens:
+def _tokens(
+    documents: list[Document],
+    pieces: list[Document],
+    words: Vocabulary,
+    context: int,
+    root: str,
+) -> Tokens:
     """Return a split whose row is the memory map of a token file; without a cache, in memory.
 
     The name of the file holds a hash of all that it is made of, and one of its contents: a damaged
@@ -284,7 +323,7 @@ def _tokens(documents: list[Document], words: Vocabulary, context: int, root: st
             log.info("no token file is kept (%s): the tokens stay in memory", error.strerror)
             row = np.concatenate([np.empty(0, dtype), *_encoded(documents, words, dtype, root)])
             sha256 = hashlib.sha256(row.tobytes()).hexdigest()
-    return Tokens(row, context, sha256, _keys(documents), [each.file for each in documents])
+    return Tokens(row, context, sha256, _keys(pieces), [each.file for each in pieces])
 
 
 def _encoded(

@@ -31,8 +31,8 @@ class Tokens:
     row: npt.NDArray[Any]  # (L,) uint16 or uint32, L >= 2; usually a memory map
     context: int
     sha256: str  # of the row's bytes
-    documents: list[Hashable]  # a key per document, equal for equal contents
-    files: list[str]  # the file of each document
+    documents: list[Hashable]  # a key per document, or part of one, equal for equal contents
+    files: list[str]  # the file of each of these
 
     def __len__(self) -> int:
         return -(-(len(self.row) - 1) // self.context)

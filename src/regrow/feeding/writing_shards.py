@@ -23,8 +23,8 @@ import torch
 from regrow.config.class_folders import formats_by_suffix
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding import identity
-from regrow.feeding.feeds import seeded
 from regrow.feeding.images import ImageFiles
+from regrow.feeding.items import seeded
 from regrow.feeding.loaders import Data
 from regrow.feeding.masks import MaskFiles
 from regrow.feeding.shard_index import END_BYTES, NAME, Index, Shard, SourceFacts, parsed

@@ -31,8 +31,8 @@ from regrow.config.targets import allow, instantiate
 from regrow.dotted import Config, leaves
 from regrow.errors import UserError, brief, did_you_mean
 from regrow.feeding.batch import each
-from regrow.feeding.feeds import collated
 from regrow.feeding.files import without_gone
+from regrow.feeding.items import collated
 from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
 from regrow.feeding.splits import as_tensor
 from regrow.numerics.calls import call
