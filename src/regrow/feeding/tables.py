@@ -80,10 +80,12 @@ def read_table(
     rows = _rows(path, delimiter)
     next(rows)
     blank = 0
-    otherwise = (
-        ", or name the columns of numbers in data.source.feature_columns. A category needs a "
-        "column of 0 and 1 for each of its values"
-    ) * (not is_fixed)
+    otherwise = ""
+    if not is_fixed:
+        otherwise = (
+            ", or name the columns of numbers in data.source.feature_columns. A category needs a "
+            "column of 0 and 1 for each of its values"
+        )
     way_out = f"Remove the {delimiter!r} at the end of each line."  # if each ends with one
     for line, row in rows:
         if not row:
