@@ -15,7 +15,7 @@ model_checks: check, check_first_batch, check_forward, check_one_example, check_
     check_types, check_what_fits, described, has_lazy_parts, materialise
 predictions: Glance, kind_of, Predictions
 training: build
-trial: open_storage, remove_torn_line, STORAGE, STUDY
+trial: open_storage, STORAGE, STUDY
 weights: load_weights, warn_of_other_splits
 worker: dismiss, leave, main, work_alone
 """

@@ -57,20 +57,6 @@ def open_storage(folder: Path) -> Any:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
-def remove_torn_line(path: Path) -> None:
-    """Remove a partial last line of a killed writer, to which Optuna would append.
-
-    Optuna then could not read either line. Call it only with the sweep's lock, before jobs start.
-    """
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        log.warning("%s: removed its last line, which is torn", path)
-        os.truncate(path, whole)
-
-
 def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
     """Return Optuna's pruner of that name, or None."""
     import optuna

@@ -426,7 +426,6 @@ def sampler_of(options: Search, trials: int) -> Any:
 def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
     """Create or open the study in the sweep's folder. Raises UserError for other directions."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    trial.remove_torn_line(folder / trial.STORAGE)
     study = optuna.create_study(
         storage=trial.open_storage(folder),
         study_name=trial.STUDY,
