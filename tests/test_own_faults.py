@@ -304,6 +304,12 @@ def test_debug_anomaly_ends_with_the_operation_and_one_traceback(
     assert "error: failed at step 0: Function 'SqrtBackward0'" in done.stderr.splitlines()[-1]
 
 
+def test_a_step_without_a_finite_gradient_is_named_once(mine: Path, tmp_path: Path) -> None:
+    done = start(mine, tmp_path, "model=mlp", "loss=roots", "trainer.max_skipped_steps=1")
+    assert done.returncode == 1, done.stderr
+    assert "error: failed at step 1: no finite loss or gradient" in done.stderr
+
+
 def test_code_that_leaves_the_program_never_looks_like_a_complete_run(
     mine: Path, tmp_path: Path
 ) -> None:

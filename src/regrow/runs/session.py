@@ -385,7 +385,8 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
         least = {"num_micro_batches": error.num_micro_batches}
     records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **least)
     if not isinstance(error, UserError):
-        log.error("failed at step %d: %s", step, in_a_line(error))
+        at = f"step {step}: "  # with which some errors begin
+        log.error("failed at %s%s", at, in_a_line(error).removeprefix(at))
         if isinstance(error, OSError):  # usually a disk problem that the user can fix
             log.error("Once that is fixed, resume with:")
             log.error("  %s", again(job, folder))
