@@ -306,17 +306,22 @@ def test_changed_code_files_are_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, root)
     (root / "notes.txt").touch()  # not code
-    (root / "scratch.py").touch()  # imported by nothing that is as it was
+    new = ("scratch.py", "mine/net.py", "src/lab/models/new.py", "conf/model/new.yaml")
+    for name in new:  # imported or chosen by nothing that is as it was
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
     assert manifest.code_changes(run, root) is None
-    (root / "resolvers.py").touch()  # every start imports it
-    change = "resolvers.py, scratch.py are new."
-    assert manifest.code_changes(run, root) == f"The code has changed since: {change}"
-    (root / "resolvers.py").unlink()
-    (root / "scratch.py").unlink()
+    for name in ("resolvers.py", "conf/local/default.yaml"):  # every start reads them
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+        said = manifest.code_changes(run, root)
+        assert said is not None and name in said and said.endswith("are new.")
+        (root / name).unlink()
+    for name in new:
+        (root / name).unlink()
     (root / "my_losses.py").write_text("x = 2\n")
     assert manifest.code_changes(run, root) == "The code has changed since: my_losses.py differs."
     (root / "my_models" / "net.py").unlink()
-    (root / "conf").mkdir()
     (root / "conf" / "new.yaml").touch()
     change = "my_losses.py differs, my_models/net.py is gone, conf/new.yaml is new."
     assert manifest.code_changes(run, root) == f"The code has changed since: {change}"

@@ -208,7 +208,7 @@ def code_changes(folder: Path, root: Path) -> str | None:
         said = "files of conf, src, scripts or the root differ"
     else:
         changed = [name for name in {**files, **now} if files.get(name) != now.get(name)]
-        if all(name not in files and _is_unused(name) for name in changed):
+        if all(name not in files and not name.startswith(_USED_UNASKED) for name in changed):
             return None
         kinds = {
             ("differs", "differ"): [name for name in changed if name in files and name in now],
@@ -227,12 +227,8 @@ def code_changes(folder: Path, root: Path) -> str | None:
     return f"The code has changed since: {said}."
 
 
-def _is_unused(name: str) -> bool:
-    """Return True for a new module in the root, such as a script: unchanged code imports none.
-
-    Except `resolvers.py`, which each start imports.
-    """
-    return "/" not in name and name != "resolvers.py"
+# A start reads these by itself. Unchanged code and a recorded config use no other new file.
+_USED_UNASKED = ("resolvers.py", "src/hydra_plugins/", "conf/hydra/", "conf/local/")
 
 
 CHANGED = "The run's code has changed since."
