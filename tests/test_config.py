@@ -338,7 +338,7 @@ def ways_out(arguments: list[str], said: str) -> list[list[str]]:
         kept = [argument for argument in arguments if argument.partition("=")[0] != named]
         return [[*kept, f"{named}={OPEN[named]}"]]
     if found := re.search(r"always written: (\S+)$|is replaced here\. Use (\S+)\.$", said):
-        return [[found[1] or found[2]]]
+        return [shlex.split(found[1] or found[2])]
     if found := re.search(r"Use (\S+)=(\S+)\.$", said):
         kept = [argument for argument in arguments if not argument.startswith(f"{found[1]}=")]
         return [[*kept, f"{found[1]}={found[2]}"]]
