@@ -1,4 +1,4 @@
-"""Measure a trained run on a split, of the data that the run's folder names or data.<key>=… gives.
+"""Measure a trained run on a split of the data that its folder names, or that data.<key>=… gives.
 
 python scripts/evaluate.py run=outputs/digits/latest split=test
 python scripts/evaluate.py run=outputs/digits/latest split=val checkpoint=last data.root=/new/data

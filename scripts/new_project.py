@@ -47,7 +47,7 @@ LEFT_OUT = re.compile(
 LEAD = """\
 For your own images, lay them out as `photos/cat/*.jpg` and `photos/dog/*.jpg`.
 [Your model on your images](docs/your_images.md) writes a model of your own, trains it on them, and
-predicts new ones. [Commands](docs/commands.md) has all of them, and says how to resume and sweep.
+predicts new ones. [Commands](docs/commands.md) lists all commands, and how to resume and sweep.
 
 """
 LAB = "lab"  # the package that a project renames
@@ -407,7 +407,7 @@ USAGE = f"""{__doc__.partition(chr(10) + chr(10))[0]}
   name=…       'Deep Fish' gives the package deep_fish; also as the first argument
   dest=…       a folder that is new or empty; also as the second argument
   untracked=…  refuse: write nothing if git does not track a module or config of yours
-               copy: copy the files that git does not track, too
+               copy: copy them too
                leave: leave them out [refuse; with files_only=true leave]
   files_only=… true: write only the files, without a git repository [false]
 

@@ -79,9 +79,7 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     for line in manifest.not_restored(before.get("git") or {}):
         print(printable(line))
     if before.get("resumes"):
-        print(
-            "This run was resumed. If a limit or a key was changed then, a run in one go differs."
-        )
+        print("This run was resumed. If a key was changed then, a run in one go may differ.")
     again = records.create(Path("outputs"), f"{config['name']}/reproduced")
     nodes = {registered.ELSEWHERE: str(run / ".hydra")} if is_own(run) else {}
     arguments = [*flags.arguments_of(source), *arguments, override("hydra.run.dir", again)]
@@ -93,7 +91,7 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     if found := first_difference(run, again, given):
         print(f"\nnot identical: {printable(found)}\n\nthe second run: {again}")
         if before.get("resumes"):
-            print("The run was resumed. If a key changed at a resume, it cannot be identical.")
+            print("The run was resumed. If a key changed at a resume, they need not be identical.")
         return 1
     count, weights = len(lines_of(run)), weights_of(run)
     print(f"\nidentical: {count} lines of {records.METRICS}, and the weights, {weights}")

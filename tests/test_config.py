@@ -52,7 +52,7 @@ BAD = {
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
     "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
     "sweep=optuna": "sweep=optuna: sweep keys only apply to sweeps. Add -m, or remove it.",
-    "--config-dir gone": "gone: there is no such folder. Give the folder's place now",
+    "--config-dir gone": "gone: there is no such folder. Give its new place",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "optimizer.foreach=true": "torch.optim.AdamW takes it, and conf/optimizer/adamw.yaml does not "
     "list it. Add `foreach: true` to that file, or type a plus for this run alone: "
@@ -372,6 +372,12 @@ def test_following_the_advice_of_an_error_helps(bad: str) -> None:
     for arguments in {" ".join(way): way for way in (ways[0], ways[-1])}.values():
         after = error_of(arguments)
         assert after == "" or (NEXT.get(bad, "\0") in after and after != said), (arguments, after)
+
+
+def test_a_needed_node_may_be_replaced_but_not_left_out() -> None:
+    node = "+data.source={_target_: lab.data.datasets.digits, val_fraction: 0.1, test_fraction: 0.2"
+    assert error_of(["~data.source", node + ", folds: null, fold: null, seed: 0}"]) == ""
+    assert error_of(["~data.source"]).startswith("~data.source: a run needs this key.")
 
 
 def test_an_error_that_needs_torch_is_one_line_too(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
     The moments of another class do not fit: then this optimizer warns and starts without moments.
     """
+    refuse_other(optimizer, state)
     state = dict(state)
     before, now = state.pop(CLASS, None), type(optimizer).__qualname__
     if is_of_another(optimizer, state, before):
@@ -125,7 +126,6 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
             *(before or "another optimizer", now),
         )
         return
-    refuse_other(optimizer, state)
     configured = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
@@ -166,7 +166,8 @@ def refuse_other(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     saved = [group for part in parts for group in part.get("param_groups", ())]
     if not saved or is_of_another(optimizer, state, state.get(CLASS)):
         return
-    there, here = ([len(its["params"]) for its in side] for side in (saved, optimizer.param_groups))
+    groups = (saved, optimizer.param_groups)
+    there, here = ([len(its.get("params", ())) for its in side] for side in groups)
     if there != here:
         raise UserError(
             "the checkpoint's optimizer has other groups of parameters. Leave optimizer and "

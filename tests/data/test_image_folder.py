@@ -466,9 +466,11 @@ def test_folders_named_like_splits_are_not_taken_for_classes(
     with pytest.raises(UserError, match=r"Test and Train, but no folder train\. Rename them to"):
         make_data(*arguments)
     assert make_data(*arguments, "class_names=[Test,Train]").num_classes == 2  # as it advises
-    (root / "Test").rename(root / "testimony")
-    (root / "Train").rename(root / "other")
-    assert make_data(*arguments).class_names == ["other", "testimony"]
+    for number, names in enumerate((("other", "testimony"), ("train_station", "valley"))):
+        for old, new in zip(("Test", "Train"), names, strict=True):
+            shutil.copytree(root / old, tmp_path / str(number) / new)
+        data = make_data("image_folder", f"root={tmp_path / str(number)}", *arguments[2:])
+        assert data.class_names == [*names]
 
 
 def test_the_files_of_an_older_record_are_those_of_its_time(

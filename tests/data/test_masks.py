@@ -268,6 +268,18 @@ def test_the_images_may_lie_deeper_and_what_lies_beside_them_is_named(
     assert "2 beside the images and masks (readme.md, train/depth)" in note
 
 
+def test_no_image_is_named_beside_masks_that_lie_within_its_folder(
+    make_data: Make, tmp_path: Path
+) -> None:
+    for number, mask in enumerate(masks_of(30, 16, 20).numpy().astype(np.uint8)):
+        write(tmp_path, f"{number:02}", mask)
+    (tmp_path / "masks").rename(tmp_path / "images" / "masks")
+    names = ("source.masks_in=images/masks", "source.leave_out=[images/masks]")
+    data = make_data("mask_folder", f"root={tmp_path}", *FILES, *names)
+    assert sum(data.num_examples.values()) == 30
+    assert all("beside the images" not in note for note in data.notes)
+
+
 def test_folders_of_splits_are_found_in_both_layouts(make_data: Make, tmp_path: Path) -> None:
     arrays = iter(masks_of(40, 16, 16).numpy().astype(np.uint8))
     for layout in ("{split}/{kind}", "{kind}/{split}"):

@@ -170,6 +170,8 @@ def test_images_of_a_set_in_another_type_than_those_of_train_are_refused() -> No
         with pytest.raises(DataError, match=rf"^split val holds images of {said}"):
             data_of(one, source=Splits(one, other), input_shape=[3, 4, 4])
         assert data_of(one, input_shape=[3, 4, 4]).num_examples == {"train": 40, "val": 40}
+    whole = Splits(train, Examples(pixels.long(), classes))  # integers too, in the same range
+    assert data_of(train, source=whole, input_shape=[3, 4, 4]).num_examples["val"] == 40
 
 
 def test_a_soft_target_that_is_not_a_distribution_is_named_wherever_it_is() -> None:

@@ -97,7 +97,7 @@ def test_damaged_overrides_cost_the_short_command_alone(
     with pytest.raises(UserError, match=r"repeat the command in manifest\.json with hydra\.run"):
         expand(["resume=run"])
     resumed("trainer.max_steps=9")
-    assert "overrides.yaml cannot be read, and is written again" in caplog.text
+    assert "overrides.yaml cannot be read: only this command's overrides count" in caplog.text
     assert expand(["resume=run"])
 
 

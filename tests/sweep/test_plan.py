@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from regrow.sweep import (
     ledger,
     local,
     planning,
+    results,
     schedule,
     search,
 )
@@ -309,3 +311,10 @@ def test_a_job_is_the_same_job_whatever_is_logged_or_noted_about_it(
         assert identity(aside) == plain, aside
     for part in ("seed=1", "optimizer.lr=0.5", "model=cnn", "name=other", "data.num_workers=1"):
         assert identity(part) != plain, part
+
+
+def test_a_value_written_in_another_way_is_not_a_change() -> None:
+    entry = ledger.JobEntry(0, "", {}, "0", ["optimizer.lr=0.01", "seed=1"])
+    for typed, others in (("1e-2", []), ("0.02", ["optimizer.lr=0.02"])):
+        run: Any = SimpleNamespace(overrides=[f"optimizer.lr={typed}", "seed=1"])
+        assert results.asked_since(entry, run) == others

@@ -160,7 +160,7 @@ def test_a_job_that_somebody_changed_is_named(grid: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     done = sweep(tmp_path, "resume=sweep")
     assert done.returncode == 0, done.stderr
-    said = "it was resumed by itself with trainer.max_epochs=4, which the sweep does not have"
+    said = "its run was resumed outside the sweep with trainer.max_epochs=4"
     assert f"completed: job 2, optimizer=sgd seed=0: {said}" in done.stdout
     assert [row["reason"] for row in table(mine)] == ["", "", said, ""]
     assert said in (mine / "sweep.html").read_text()

@@ -145,7 +145,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     typed = typed_overrides(HydraConfig.get().overrides.task)
     for line in typed:
         key = line.removeprefix("~").partition("=")[0]
-        if line.startswith("~") and (key.startswith("trainer.") or key in NEEDED):
+        is_replaced = any(other.startswith(f"+{key}=") for other in typed)
+        is_needed = (key.startswith("trainer.") or key in NEEDED) and not is_replaced
+        if line.startswith("~") and is_needed:
             raise UserError(f"{line}: a run needs this key. Leave {line} out.")
     unresolved = plain(config, resolve=False)  # others may follow a key of what is left out
     for group in leads.GROUPS:

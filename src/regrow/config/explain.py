@@ -40,8 +40,8 @@ def composition_error(error: Exception) -> str:
             return several_values(found[1])
     if found := re.search(r"Additional config directory '(.+)' not found", text):
         return (
-            f"--config-dir {found[1]}: there is no such folder. Give the folder's place now, also "
-            "to resume a run that was composed with it."
+            f"--config-dir {found[1]}: there is no such folder. Give its new place; a resume "
+            "of a run that was composed with it needs it too."
         )
     if found := re.search(r"Sweeping over Hydra's configuration is not supported : '(.+)'", text):
         return f"{found[1]}: a setting of Hydra's takes one value."

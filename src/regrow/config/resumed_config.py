@@ -110,7 +110,8 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
         before = recorded_overrides(folder)
     except UserError:
         before = []
-        log.warning("%s cannot be read, and is written again", folder / ".hydra" / "overrides.yaml")
+        lost = folder / ".hydra" / "overrides.yaml"
+        log.warning("%s cannot be read: only this command's overrides count", lost)
     named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}

@@ -161,7 +161,8 @@ class DataChecks:
             )
         train = self.source.train
         types = [it.inputs.dtype for it in (split, train) if isinstance(it, Examples)]
-        if split.inputs.ndim == 4 and len({it == torch.uint8 for it in types}) > 1:
+        has_floats = any(it.is_floating_point for it in types)
+        if split.inputs.ndim == 4 and torch.uint8 in types and has_floats:
             of_split, of_train = (str(it).removeprefix("torch.") for it in types)
             raise DataError(
                 f"split {name} holds images of {of_split}, and train of {of_train}: one "

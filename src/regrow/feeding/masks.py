@@ -335,8 +335,11 @@ def _places(
 
 def _look_around(root: Path, read: Collection[Path], reading: Reading, left_out: LeftOut) -> None:
     """Add everything below `root` that lies beside the folders `read` to `left_out`."""
+    root, *read = (Path(os.path.normpath(folder)) for folder in (root, *read))
     above = {it for folder in read for it in folder.parents if it.is_relative_to(root)}
     for folder in sorted(above):
+        if any(folder.is_relative_to(it) for it in read):  # its walk has seen the rest
+            continue
         names = [it.name for it in (*above, *read) if it.parent == folder]
         look_beside(folder, names, reading, "beside the images and masks", left_out)
 

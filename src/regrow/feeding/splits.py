@@ -22,7 +22,9 @@ from regrow.record.records import NOT_SETS
 
 NAMES = ("train", "val", "test")
 GIVEN = "given"  # of a split that the seed does not draw
-LIKE_SPLITS = re.compile("train|val|test", re.IGNORECASE)  # how a folder's name begins
+LIKE_SPLITS = re.compile(  # how a folder's name begins
+    "(train(ing)?|val(id(ation)?)?|test(ing)?)(set|data|images|imgs)?(?![a-z])", re.IGNORECASE
+)
 log = logging.getLogger("regrow.data")
 
 

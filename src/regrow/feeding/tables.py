@@ -137,7 +137,7 @@ class Column:
     def number(self, text: str, where: str, otherwise: str = "") -> float:
         """Return the cell as a finite float; true is 1, false 0. Raises DataError with `where`.
 
-        `otherwise`: what else than to write a number may be done.
+        `otherwise`: what may be done instead of writing a number.
         """
         truth = TRUTHS.get(text.lower())
         if self.truths is None:

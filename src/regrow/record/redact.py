@@ -83,7 +83,8 @@ def _is_secret(key: str, value: Any) -> bool:
     if isinstance(value, str):
         return is_secret_name(key) and not _NO_SECRET.fullmatch(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and is_secret_name(key) and not key.lower().endswith(_MAY_COUNT)
+    is_long = len(str(value)) > 3  # as in an override; a run's model may need 0.5
+    return is_number and is_long and is_secret_name(key) and not key.lower().endswith(_MAY_COUNT)
 
 
 @functools.lru_cache(maxsize=4096)

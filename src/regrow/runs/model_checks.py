@@ -61,7 +61,7 @@ def check_what_fits(
                 raise UserError(
                     "trainer.check_first_batch: out of memory with one example. Use a smaller "
                     "model or input, trainer.precision=bf16, or a device with more memory."
-                ) from error
+                ) from None  # from `error`, it would be told as a fault of the machine
         batch = batch.split(2)[0]  # not above: the error's traceback holds the graph
 
 

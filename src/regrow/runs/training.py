@@ -53,12 +53,12 @@ def build(config: Checked, world: World, folder: str | None = None) -> Objects:
     with first_calls.explained():
         try:
             return lab().build(config, world)
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError:
             raise UserError(
                 f"trainer.device={config['trainer']['device']}: {world.device} has no room for the "
-                "model and the data. Use a smaller model or less data, or end what else uses it: "
-                "nvidia-smi lists that."
-            ) from error
+                "model and the data. Use a smaller model or less data, or end other programs that "
+                "use it, which nvidia-smi lists."
+            ) from None
 
 
 def check_first_batch(objects: Objects, world: World) -> None:

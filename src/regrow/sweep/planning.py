@@ -65,7 +65,7 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
                 raise UserError(
                     f"{line}: an interval has infinitely many values. Use sweep=optuna."
                 )
-            if is_own(key):
+            if is_of_the_sweep(key):
                 varied = key.partition("sweep.params.")[2]
                 raise UserError(
                     f"{line}: {key} is the sweep's own, and takes one value."
@@ -82,13 +82,14 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
     ]
 
 
-def is_own(override: str) -> bool:
+def is_of_the_sweep(override: str) -> bool:
+    """Return True for a key of the whole sweep, such as launcher.jobs, which no job has."""
     return key_of(override).split(".")[0] in OWN
 
 
 def refuse_own(where: str, override: str) -> None:
     """Raise UserError for a key of the whole sweep, which a job would ignore."""
-    if is_own(override) and key_of(override) != "hydra.sweep.subdir":
+    if is_of_the_sweep(override) and key_of(override) != "hydra.sweep.subdir":
         raise UserError(
             f"{where}: {key_of(override)} is the sweep's own. Give it on the command line."
         )
@@ -251,6 +252,7 @@ def distinguished(entry: ledger.JobEntry, varied: Sequence[str]) -> ledger.JobEn
     The table would take it for another setting than a job of this start with the same values.
     """
     its = by_key([o for o in entry.overrides if key_of(o) in varied])
+    # The first keeps the order of its keys, the last their values.
     return dataclasses.replace(entry, swept={**entry.swept, **its, **entry.swept})
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from regrow.config import flags
 from regrow.config.command_line import command, key_of
+from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError
 from regrow.record import comparison, manifest, pages, report, side_by_side
 from regrow.record.comparison import Comparison, Row
@@ -31,9 +36,7 @@ def rows_of(folder: Path) -> list[Row]:
         log = ledger.log_of(folder, entry.number)
         loaded = report.load(run) if report.is_run(run) else None
         if loaded is not None and its == "completed" and (more := asked_since(entry, loaded)):
-            reason = (
-                f"it was resumed by itself with {' '.join(more)}, which the sweep does not have"
-            )
+            reason = f"its run was resumed outside the sweep with {' '.join(more)}"
         rows.append(
             Row(
                 job=str(entry.number),
@@ -52,7 +55,16 @@ def rows_of(folder: Path) -> list[Row]:
 def asked_since(entry: ledger.JobEntry, run: Run) -> list[str]:
     """Return the overrides by which a job's run was changed outside the sweep."""
     shares = "trainer.num_threads="  # added by the sweep itself
-    return [o for o in run.overrides if o not in entry.overrides and not o.startswith(shares)]
+    known = [_read(override) for override in entry.overrides]
+    return [o for o in run.overrides if _read(o) not in known and not o.startswith(shares)]
+
+
+def _read(override: str) -> tuple[str, Any]:
+    """Return the key and the value, which is the same for 1e-2 and 0.01."""
+    key, _, text = override.partition("=")
+    with contextlib.suppress(yaml.YAMLError):
+        return key, plain_value(text)
+    return key, text
 
 
 def write_table(folder: Path) -> Comparison:

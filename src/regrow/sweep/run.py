@@ -285,7 +285,7 @@ def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
     if sweep.options.fail_fast:
         raise UserError(
             "sweep.fail_fast=true: Slurm's jobs cannot be stopped from here. Leave it out, and "
-            "stop them with scancel."
+            "stop them with scancel; for a search, sweep.max_failures=1 begins no more trials."
         )
     for one in jobs:
         slurm.check(options, one.job.config["trainer"])

@@ -445,6 +445,6 @@ def representative(composer: Composer, space: Space) -> Planned:
     """Return one job of the search, checked before anything is written. Raises UserError."""
     values = {key: first_of(its) for key, its in space.varied.items()}
     for key in values:
-        if planning.is_own(key):
+        if planning.is_of_the_sweep(key):
             raise UserError(f"{key} is the sweep's own, and takes one value.")
     return composer.plan(0, *space.overrides(values))
