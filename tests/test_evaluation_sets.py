@@ -242,8 +242,10 @@ def test_two_processes_measure_the_sets_of_one(table: Path, run: Path, tmp_path:
             assert two[name][key] == pytest.approx(value, abs=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", ["train", "time", "best", "seconds", "val", "test", "a b", "a/b"])
-def test_a_name_that_the_record_uses_itself_is_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["train", "time", "best", "seconds", "val", "test", "Test", "a b", "a/b"]
+)
+def test_a_name_that_the_record_or_a_split_uses_is_refused(name: str) -> None:
     some = Examples(torch.zeros(2, 3), torch.zeros(2))
     with pytest.raises(UserError, match=f"the set '{name}'"):
         Splits(some, sets={name: some})

@@ -209,6 +209,8 @@ def check_name(name: str) -> None:
         )
     if name in NAMES:
         raise UserError(f"the set {name!r}: the source gives {name} by itself. Rename the set.")
+    if (lower := str(name).lower()) in NAMES:
+        raise UserError(f"the set {name!r}: only its case differs from {lower}. Rename the set.")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII):
         raise UserError(
             f"the set {name!r}: its metrics are named {name}/loss, so that its name may hold only "
