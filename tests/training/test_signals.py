@@ -28,6 +28,7 @@ RUN = (
     *("trainer.check_first_batch=false", "task.per_class=false", "task.auroc=false"),
 )
 SMALL, SLOW_TO_SAVE = "+model.ballast=0", "+model.ballast=8_000_000"
+LONG = (*RUN, SLOW_TO_SAVE, "trainer.max_epochs=8")  # so that each phase finds steps to be taken
 DEADLINE = 20.0  # seconds from the signal to the end of the process, on a busy machine
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -76,7 +77,7 @@ def test_a_signal_while_the_record_is_written_stops_at_the_first_step(tmp_path: 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return completed(tmp_path_factory.mktemp("whole"), *RUN, SLOW_TO_SAVE)
+    return completed(tmp_path_factory.mktemp("whole"), *LONG)
 
 
 @pytest.mark.slow
@@ -91,19 +92,19 @@ def test_a_run_stopped_in_every_phase_in_turn_ends_the_same(
     phases = ("saving", "training", "evaluation", "train_data", "val_data")
     for index, phase in enumerate(phases):
         stays = "" if phase == "saving" else phase
-        process = Process(tmp_path, *RUN, SLOW_TO_SAVE, stays=stays, seconds=0.5)
+        process = Process(tmp_path, *LONG, stays=stays, seconds=0.5)
         process.wait_for(process.is_saving if phase == "saving" else process.reached(phase))
         if index % 2:
             os.killpg(process.process.pid, number)
         else:
             process.process.send_signal(number)
         interrupted(process, number)
-    assert completed(tmp_path, *RUN, SLOW_TO_SAVE) == whole
+    assert completed(tmp_path, *LONG) == whole
 
 
 @pytest.mark.slow
 def test_a_second_signal_stops_at_once(tmp_path: Path, whole: str) -> None:
-    process = Process(tmp_path, *RUN, SLOW_TO_SAVE, stays="training", seconds=60)
+    process = Process(tmp_path, *LONG, stays="training", seconds=60)
     process.wait_for(process.reached("training"))
     process.process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -113,7 +114,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, whole: str) -> None:
     assert code == 130
     status = load_status(tmp_path / "run")
     assert status is not None and status["state"] == "interrupted"
-    assert completed(tmp_path, *RUN, SLOW_TO_SAVE) == whole
+    assert completed(tmp_path, *LONG) == whole
 
 
 def test_the_handlers_are_put_back() -> None:
