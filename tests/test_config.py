@@ -1103,6 +1103,7 @@ def test_the_schemas_know_the_further_arguments_of_every_shipped_torch_target() 
     assert {*OF_TORCH} == shipped
 
 
+@pytest.mark.slow
 def test_a_check_and_a_run_whose_reader_goes_away_end_well(tmp_path: Path) -> None:
     run = (
         "data=synthetic",

@@ -125,6 +125,7 @@ def start(folder: Path, rank: int, *overrides: str, **environment: str) -> subpr
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_left_over_world_size_is_named_and_ends_in_time(tmp_path: Path) -> None:
     port = str(free_port())
     process = start(tmp_path, 0, "trainer.timeout_seconds=7", MASTER_PORT=port)

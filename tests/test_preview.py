@@ -406,6 +406,7 @@ def test_a_root_that_the_data_does_not_read_is_named(tmp_path: Path) -> None:
         assert len(unread_root(job)) == lines
 
 
+@pytest.mark.slow
 def test_a_start_names_the_interrupted_run_of_the_same_command(tmp_path: Path) -> None:
     first = train(tmp_path, *GIVEN)
     assert "was interrupted" not in first

@@ -77,6 +77,7 @@ def test_the_same_command_again_says_that_the_run_is_complete(
     assert changed <= {".lock"}
 
 
+@pytest.mark.slow
 def test_a_complete_run_refuses_changes_as_an_unfinished_one_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

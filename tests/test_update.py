@@ -220,6 +220,7 @@ def test_an_update_from_a_url_is_the_same(project: Path, template: Path, tmp_pat
     assert_refused(project, f"file://{tmp_path / 'nowhere.git'}", "neither a checkout nor a URL")
 
 
+@pytest.mark.slow
 def test_a_conflict_names_both_sides(project: Path, template: Path) -> None:
     edit(template / YAML, "dropout: 0.0", "dropout: 0.5")
     edit(template / "conf/model/cnn.yaml", "_target_", "# changed\n_target_")

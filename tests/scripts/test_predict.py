@@ -43,6 +43,7 @@ def test_classes_are_what_an_evaluation_sees(digits: Path, tmp_path: Path) -> No
     assert others != rows
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_gets_the_file_and_no_traceback(
     digits: Path, tmp_path: Path
 ) -> None:

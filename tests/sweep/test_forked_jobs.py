@@ -63,6 +63,7 @@ def both_have_saved(folder: Path) -> bool:
     return len([*folder.glob("*/checkpoints/last")]) == 2
 
 
+@pytest.mark.slow
 def test_a_stop_lets_all_jobs_save_though_they_have_just_begun(
     untouched: Path, tmp_path: Path
 ) -> None:
