@@ -13,11 +13,12 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -28,17 +29,6 @@ from torch import Tensor
 from regrow.distributed import sharding
 from regrow.errors import UserError, brief
 from regrow.phases import phased
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
-    save_every_epochs: int | None
-    save_every_steps: int | None
-    keep_last: int
-    keep_best: int
-    milestones_every_epochs: int | None
-    background: bool
-
 
 if TYPE_CHECKING:
     from regrow.checkpoint.sharded import Writers
@@ -60,6 +50,16 @@ FORMAT = 1  # of the folder; readers refuse newer formats
 
 class DamagedCheckpoint(Exception):
     """Raised for a damaged checkpoint; the message names the file and the fault in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    save_every_epochs: int | None
+    save_every_steps: int | None
+    keep_last: int
+    keep_best: int
+    milestones_every_epochs: int | None
+    background: bool
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,8 @@ class CheckpointWriter:
     def newest_until(self, step: int) -> str | None:
         """Return the name of the newest complete checkpoint up to and including `step`, if any."""
         self.wait()
-        names = [
-            path.name for path, facts in complete(self.folder).items() if facts["step"] <= step
-        ]
-        return names[-1] if names else None
+        found = complete(self.folder).items()
+        return max((path.name for path, facts in found if facts["step"] <= step), default=None)
 
     @phased("checkpoint")
     def wait(self) -> bool:
@@ -191,34 +189,26 @@ class CheckpointWriter:
         """Return `parts` with tensors replaced by kept memory, its shards, and pairs to copy."""
         pairs: list[tuple[Tensor, Tensor]] = []
         shards: Shards = {}
-        kept = {name: self._kept(part, name, shards, pairs) for name, part in parts.items()}
-        return kept, shards, pairs
 
-    # A function inside of `_laid_out` that calls itself would be part of a cycle, and keep the
-    # tensors of the state, some on the device, until garbage is collected.
-    def _kept(
-        self, value: Any, path: str, shards: Shards, pairs: list[tuple[Tensor, Tensor]]
-    ) -> Any:
-        """Return a value with kept memory for its tensors; add these to `shards` and `pairs`."""
-        if sharding.is_sharded(value):
-            part = self._kept(sharding.local([value])[0], path, shards, pairs)
-            shards[path] = part, value
-            return torch.empty(value.shape, dtype=value.dtype, device="meta")
-        if isinstance(value, Tensor):
-            copy = self._copies.get(path)
-            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-                copy = torch.empty(
-                    value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda"
-                )
-                self._copies[path] = copy
-            pairs.append((value.detach(), copy))
-            return copy
-        if isinstance(value, Mapping):
-            return {k: self._kept(it, f"{path}/{k}", shards, pairs) for k, it in value.items()}
-        if isinstance(value, list | tuple):
-            items = enumerate(value)
-            return type(value)(self._kept(it, f"{path}/{i}", shards, pairs) for i, it in items)
-        return value
+        def keep(path: str, tensor: Tensor) -> Tensor:
+            own = sharding.local([tensor])[0]
+            copy = self._memory(path, own)
+            pairs.append((own.detach(), copy))
+            if own is tensor:
+                return copy
+            shards[path] = copy, tensor
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+        return {name: _mapped(part, name, keep) for name, part in parts.items()}, shards, pairs
+
+    def _memory(self, path: str, tensor: Tensor) -> Tensor:
+        """Return the memory on the CPU that is kept for the tensor at `path`."""
+        kept = self._copies.get(path)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            is_cuda = tensor.device.type == "cuda"
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda)
+            self._copies[path] = kept
+        return kept
 
     def _write(
         self, parts: Parts, shards: Shards, facts: CheckpointFacts, sync: Callable[[int], None]
@@ -316,9 +306,10 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, writte
     manifests = complete(folder)
     newest_first = sorted(manifests, reverse=True)
     sign = 1 if mode == "max" else -1
+    values = {path: facts["value"] for path, facts in manifests.items()}
     ranked = sorted(
-        (path for path, facts in manifests.items() if _is_number(facts["value"])),
-        key=lambda path: (sign * manifests[path]["value"], manifests[path]["step"]),
+        (path for path, value in values.items() if value is not None and not math.isnan(value)),
+        key=lambda path: (sign * values[path], manifests[path]["step"]),
         reverse=True,  # ties go to the latest, as in the loop
     )
     kept = {
@@ -425,7 +416,14 @@ def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
     Without a `mesh` they are full tensors. With one they are sharded over its processes, all of
     which must call this together. Raises DamagedCheckpoint.
     """
-    empty = dict(place for name, part in parts.items() for place in _empty(part, name))
+    empty: dict[str, Tensor] = {}
+
+    def note(name: str, tensor: Tensor) -> None:
+        if tensor.is_meta:
+            empty[name] = tensor
+
+    for name, part in parts.items():
+        _mapped(part, name, note)
     if not empty:
         return parts
     from regrow.checkpoint import sharded  # importing takes a second
@@ -435,33 +433,21 @@ def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
     except sharded.ERRORS as error:
         reason = brief(error, 300)
         raise DamagedCheckpoint(f"{path.name}/{SHARDS} cannot be read: {reason}") from None
-    return {name: _filled(part, name, content) for name, part in parts.items()}
+    return {name: _mapped(part, name, content.get) for name, part in parts.items()}
 
 
-# Inside of `fill`, these two would keep the tensors until garbage is collected.
-def _empty(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the empty tensors in a value, by name."""
-    if isinstance(value, Tensor) and value.is_meta:
-        yield name, value
-    for key, item in _items(value):
-        yield from _empty(item, f"{name}/{key}")
-
-
-def _filled(value: Any, name: str, content: Mapping[str, Any]) -> Any:
-    if name in content:
-        return content[name]
-    if isinstance(value, dict):
-        return {key: _filled(item, f"{name}/{key}", content) for key, item in value.items()}
+# Inside its callers, it would be part of a cycle, and keep the tensors, some on the device, until
+# garbage is collected.
+def _mapped(value: Any, path: str, change: Callable[[str, Tensor], Any]) -> Any:
+    """Return a value with `change(path, tensor)` in place of each tensor in it."""
+    if isinstance(value, Tensor):
+        return change(path, value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, f"{path}/{key}", change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         items = enumerate(value)
-        return type(value)(_filled(item, f"{name}/{i}", content) for i, item in items)
+        return type(value)(_mapped(item, f"{path}/{i}", change) for i, item in items)
     return value
-
-
-def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return value.items()
-    return enumerate(value) if isinstance(value, list | tuple) else ()
 
 
 def outline(folder: Path) -> Parts | None:
@@ -469,10 +455,9 @@ def outline(folder: Path) -> Parts | None:
 
     All parts are empty but models and optimizers, whose tensors are on the meta device.
     """
-    for path in reversed(complete(folder)):
+    for path, facts in reversed(complete(folder).items()):
         with contextlib.suppress(DamagedCheckpoint):
-            files = read_manifest(path)["files"]
-            names = [Path(name).stem for name in files if "/" not in name]
+            names = [Path(name).stem for name in facts["files"] if "/" not in name]
             read = [name for name in names if name.partition(".")[0] in ("model", "optimizer")]
             return {
                 name: _read(path / f"{name}.pt", "meta") if name in read else {} for name in names
@@ -611,10 +596,6 @@ class _HashingFile:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and value == value
 
 
 def _sync(file: BinaryIO) -> None:
