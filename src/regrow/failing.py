@@ -62,6 +62,11 @@ def in_one_line() -> Iterator[None]:
         fail(str(fault), code=1)
 
 
+def exit_code_of(end: SystemExit) -> int:
+    """Return the exit code, as Python sets it for `sys.exit` with None, a number or a message."""
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
 def one_line(message: str) -> str:
     """Return the message without line breaks. Spaces stay: a path in a command may hold them."""
     return re.sub(r"\s*[\r\n]\s*", " ", message.strip())

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from regrow.errors import UserError
-from regrow.failing import SET_BY_US
+from regrow.failing import SET_BY_US, exit_code_of
 from regrow.processes import terminal
 from regrow.processes.signals import STOPPING, before_the_run
 from regrow.project import ROOT
@@ -72,7 +72,7 @@ def ending() -> Iterator[None]:
         yield
         _exit_code = 0
     except SystemExit as end:
-        _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        _exit_code = exit_code_of(end)
         raise
     except Exception:  # Ctrl-C that nothing has caught ends Python by the signal itself
         _exit_code = 1
@@ -205,8 +205,7 @@ def server() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        imported()
         if not is_given:
             del os.environ["OPENBLAS_NUM_THREADS"]
 

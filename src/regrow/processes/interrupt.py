@@ -9,18 +9,15 @@ import signal
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from types import FrameType, TracebackType
-from typing import TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
 from regrow.processes.signals import STOPPING, handled
 
 T = TypeVar("T")
 
 # Called when an object is dropped, as destructors are.
-_FINALIZERS = {
-    multiprocessing.util.Finalize.__call__.__code__,
-    weakref.finalize.__call__.__code__,
-}
+_FINALIZERS = {multiprocessing.util.Finalize.__call__.__code__, weakref.finalize.__call__.__code__}
 
 
 class Interrupted(BaseException):
@@ -69,13 +66,8 @@ class StopRequest:
         self._handlers.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._handlers.__exit__(kind, value, traceback)
+    def __exit__(self, *raised: Any) -> None:
+        self._handlers.__exit__(*raised)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -188,11 +188,12 @@ def meet() -> Any:
 
 def hold_store(named: str | None) -> Any:
     """Host the store in this process: at MASTER_PORT, or at a free port written to the file."""
-    is_local = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
-    is_local = named in ("127.0.0.1", "::1", "localhost") if named is not None else is_local
-    port = number_of("MASTER_PORT", 0) if named is not None else 0
+    if named is None:
+        is_local, port = os.environ.get("SLURM_STEP_NUM_NODES") == "1", 0
+    else:
+        is_local, port = named in ("127.0.0.1", "::1", "localhost"), number_of("MASTER_PORT", 0)
     try:
-        if is_ipv6(named):
+        if named is not None and is_ipv6(named):
             listener = socket.create_server(
                 ("::1" if is_local else "", port),
                 family=socket.AF_INET6,
@@ -216,10 +217,8 @@ def hold_store(named: str | None) -> Any:
     return store
 
 
-def is_ipv6(host: str | None) -> bool:
+def is_ipv6(host: str) -> bool:
     """Return True if a host resolves to IPv6 addresses only."""
-    if host is None:
-        return False
     with contextlib.suppress(OSError):  # rank 0 may be unable to resolve its own name
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         return all(family == socket.AF_INET6 for family, *_ in found)
@@ -252,13 +251,20 @@ def arrive(store: Any) -> None:
 
 
 def wait_for_all(store: Any, seconds: float) -> None:
-    """As rank 0, wait for the other ranks, and print which are missing. Raises UserError."""
-    size = os.environ["WORLD_SIZE"]
-    wait_until(
-        lambda: not absent(store, "here"), lambda: others_in_words(absent(store, "here")), seconds
-    )
-    for rank in range(int(size)):
+    """As rank 0, wait for the other ranks. Raises UserError, also for another world size."""
+    wait_for_others(store, "here", seconds)
+    for rank in range(int(os.environ["WORLD_SIZE"])):
         check_size(store, rank)
+
+
+def wait_for_others(store: Any, what: str, seconds: float) -> None:
+    """As rank 0, wait until the others have written `what`. Prints which are missing.
+
+    Raises UserError after `seconds`.
+    """
+    wait_until(
+        lambda: not absent(store, what), lambda: others_in_words(absent(store, what)), seconds
+    )
 
 
 def check_size(store: Any, rank: int) -> None:

@@ -127,7 +127,8 @@ def start(job: Job, count: int) -> Outcome:
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     begin.built()  # before the handlers change: see `session.run_objects`
     before_the_run.end()
-    with forwarding() as forwarded, private_folder() as private:
+    forwarded = Forwarded()
+    with handled(STOPPING, forwarded.note), private_folder() as private:
         path = Path(private, "job.json")  # private: the ranks execute it
         try:
             path.write_text(job.to_json(), encoding="utf-8")
@@ -213,7 +214,7 @@ def read(store: Any, name: str) -> Any:
 
 @dataclasses.dataclass
 class Forwarded:
-    """The signals that this process has received and forwards to every rank."""
+    """The signals that this process has received and forwards to every rank, which handles them."""
 
     signals: list[int] = dataclasses.field(default_factory=list)
     pids: list[int] = dataclasses.field(default_factory=list)
@@ -232,11 +233,3 @@ class Forwarded:
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-
-@contextlib.contextmanager
-def forwarding() -> Iterator[Forwarded]:
-    """Forward signals to the ranks, which handle them."""
-    forwarded = Forwarded()
-    with handled(STOPPING, forwarded.note):
-        yield forwarded

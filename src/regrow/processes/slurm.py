@@ -104,9 +104,8 @@ def queued(folder: Path) -> str | None:
     if not ids:
         return None
     command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(ids)}"]
-    answer = subprocess.run(
-        command, capture_output=True, encoding="utf-8"
-    )  # fails if Slurm knows none
+    # squeue fails if it knows none of them.
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8")
     return next(iter(answer.stdout.split()), None)
 
 
@@ -293,10 +292,12 @@ class SrunTask:
         """Return True if trainer.max_restarts allows it, or a rank ran out of memory."""
         if self.refused.exists():
             return False
-        counter = self.job.with_name("restarts")
-        restarts = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
         job = Job(**json.loads(self.job.read_text(encoding="utf-8")))
-        return self.out_of_memory() or restarts < job.config["trainer"]["max_restarts"]
+        return self.out_of_memory() or self.restarts() < job.config["trainer"]["max_restarts"]
+
+    def restarts(self) -> int:
+        counter = self.job.with_name("restarts")
+        return int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
 
     def out_of_memory(self) -> bool:
         return "num_micro_batches" in (records.load_status(self.job.parents[1]) or {})
@@ -309,9 +310,7 @@ class SrunTask:
                 exist_ok=False
             )
             if not self.out_of_memory():
-                counter = self.job.with_name("restarts")
-                before = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
-                records.write_text(counter, str(before + 1))
+                records.write_text(self.job.with_name("restarts"), str(self.restarts() + 1))
             assert self.process is not None
             requeue(f"task {os.environ['SLURM_PROCID']} ended with {self.process.returncode}")
         time.sleep(60)  # Slurm ends this task and all others meanwhile

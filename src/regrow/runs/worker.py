@@ -25,7 +25,7 @@ from regrow.config.job import Job
 from regrow.config.own_modules import import_own_modules
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import RunFailed, SlicesTooLarge, UserError, in_a_line, machine_fault
-from regrow.failing import in_one_line, show_traceback, tell
+from regrow.failing import exit_code_of, in_one_line, show_traceback, tell
 from regrow.processes import outside
 from regrow.processes.signals import before_the_run, handled
 from regrow.runs import machine
@@ -136,11 +136,7 @@ def dismiss(code: int) -> NoReturn:
 def wait_for_others(store: Any) -> None:
     """Wait up to 60 seconds until all ranks have read the job from this process's store."""
     try:
-        outside.wait_until(
-            lambda: not outside.absent(store, "came"),
-            lambda: outside.others_in_words(outside.absent(store, "came")),
-            60,
-        )
+        outside.wait_for_others(store, "came", 60)
     except (UserError, KeyboardInterrupt):
         pass  # the error was reported before
     finally:
@@ -157,7 +153,7 @@ def work(job: Job, store: Any) -> NoReturn:
             run_part(job, store, rank, size)
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = exit_code_of(end)
     except KeyboardInterrupt:  # before the run handles signals
         code = 128 + signal.SIGINT
     except BaseException as raised:

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 
 from regrow.errors import UserError, in_a_line
-from regrow.failing import show_traceback, tell
+from regrow.failing import exit_code_of, show_traceback, tell
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 from regrow.processes.signals import held
@@ -71,7 +71,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
         tell(redact(str(error)))
         code, reason = 2, str(error)
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = exit_code_of(end)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BaseException as error:
