@@ -69,12 +69,7 @@ class Writers:
         """
         sharded = {
             path: DTensor.from_local(
-                part,
-                self.mesh,
-                of.placements,
-                run_check=False,
-                shape=of.shape,
-                stride=of.stride(),
+                part, self.mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
             )
             for path, (part, of) in tensors.items()
         }
@@ -112,8 +107,7 @@ def read(folder: Path, empty: Mapping[str, Tensor], mesh: Any = None) -> dict[st
             targets[path] = empty_sharded(
                 *tensor.shape, dtype=tensor.dtype, device_mesh=mesh, placements=[Shard(0)]
             )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warns that this process reads alone
+    with warnings.catch_warnings(action="ignore"):  # warns that this process reads alone
         load(targets, storage_reader=_Reader(folder), no_dist=mesh is None)
     return targets
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import warnings
@@ -143,7 +142,7 @@ def onnx(run: LoadedRun, example: Inputs) -> bytes:
     outputs = [*FromRaw(run)(*as_tuple(example))]
     program = _program(run, example, "onnx")
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):  # which concern the exporter's own code
             made: Any = torch.onnx.export(
                 program, dynamo=True, input_names=names, output_names=outputs, verbose=False
             )
@@ -307,7 +306,7 @@ def _program(run: LoadedRun, example: Inputs, form: str) -> Any:
     inner = torch.export.Dim.STATIC if is_fixed else torch.export.Dim.AUTO
     shapes = [{0: batch, **dict.fromkeys(range(1, it.ndim), inner)} for it in given]
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             return torch.export.export(
                 FromRaw(run).eval(), given, dynamic_shapes=(tuple(shapes),), strict=False
             )
@@ -316,14 +315,6 @@ def _program(run: LoadedRun, example: Inputs, form: str) -> Any:
             f"format={form}: torch.export cannot trace this model: {brief(error, 300)}. "
             "Use format=safetensors."
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the warnings of torch's exporters, which concern their own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _dtype(tensor: Tensor) -> str:

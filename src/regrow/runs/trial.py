@@ -102,8 +102,7 @@ class Reporter:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         trial = self._load()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a resumed run may report a value again
+        with warnings.catch_warnings(action="ignore"):  # a resumed run may report a value again
             reported = trial.user_attrs.get("evaluations", {})
             number = reported.setdefault(str(step), len(reported) + 1)
             trial.set_user_attr("evaluations", reported)
@@ -118,9 +117,7 @@ class Reporter:
             import optuna
 
             study = optuna.load_study(
-                study_name=STUDY,
-                storage=open_storage(self.folder),
-                pruner=pruner_of(**self.pruner),
+                study_name=STUDY, storage=open_storage(self.folder), pruner=pruner_of(**self.pruner)
             )
             (frozen,) = [t for t in study.get_trials(deepcopy=False) if t.number == self.number]
             self._trial = optuna.trial.Trial(study, frozen._trial_id)

@@ -123,8 +123,7 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
 
             content = load_file(source)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about pickle protocols
+            with warnings.catch_warnings(action="ignore"):  # about pickle protocols
                 content = torch.load(source, map_location="cpu", weights_only=True)
     except UserError:
         raise
