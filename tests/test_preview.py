@@ -370,7 +370,8 @@ def test_a_check_finds_the_options_on_the_search_path_of_a_file(tmp_path: Path) 
 
 
 def test_the_tree_at_a_start_shows_each_value_once() -> None:
-    config = config_of("data=image_folder", "data.root=photos", "data.num_classes=2", "model=cnn")
+    given = ("data.root=photos", "data.num_classes=2", "model=cnn", "name=absent")
+    config = config_of("data=image_folder", *given)
 
     def shown(num_processes: int) -> list[str]:
         lines = config_tree(config, {"data": "image_folder"}, num_processes=num_processes)
@@ -379,7 +380,7 @@ def test_the_tree_at_a_start_shows_each_value_once() -> None:
     alone, several = shown(1), shown(2)
     assert [word for word in alone if "photos" in word] == ["root=photos"]
     assert [word for word in alone if "[3,224,224]" in word] == ["input_shape=[3,224,224]"]
-    assert {"num_classes=2", "num_outputs=2", "source.resize=auto"} <= {*alone}
+    assert {"num_classes=2", "num_outputs=2", "source.resize=auto", "name=absent"} <= {*alone}
     assert not [word for word in alone if word.startswith(("ddp.", "fsdp.", "strategy="))]
     assert {"strategy=ddp", "max_epochs=100"} <= {*several}
 

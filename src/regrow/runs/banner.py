@@ -14,6 +14,7 @@ from regrow.config.command_line import command, key_of
 from regrow.config.job import Job
 from regrow.config.recorded import recorded_overrides
 from regrow.distributed.parallel import World
+from regrow.dotted import leaves
 from regrow.errors import UserError
 from regrow.protocols import Objects
 from regrow.record import by_class, monitor, records
@@ -193,8 +194,8 @@ def config_tree(
     groups = {key: value for key, value in config.items() if isinstance(value, Mapping)}
     for name, values in {"run": plain, **groups}.items():
         option = choices.get(name) or ""
-        flat = resumed_config.differences({}, values)
-        shown = {key: _short(new) for key, (_, new) in flat.items() if _is_shown(key, new)}
+        flat = sorted(leaves(values).items())
+        shown = {key: _short(value) for key, value in flat if _is_shown(key, value)}
         if num_processes == 1 and name == "trainer":
             shown = {k: v for k, v in shown.items() if k.partition(".")[0] not in OF_SEVERAL}
         for key in sorted(shown, key=lambda key: key.count(".")):

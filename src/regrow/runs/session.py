@@ -25,6 +25,7 @@ from regrow.config.recorded import ELSEWHERE
 from regrow.config.targets import allow, note_typed
 from regrow.config.yaml_files import redact_yaml
 from regrow.distributed.parallel import World, lost_the_others
+from regrow.dotted import leaves
 from regrow.errors import (
     DataError,
     OwnCodeError,
@@ -430,5 +431,5 @@ def write_start(folder: Path, job: Job, objects: Objects) -> dict[str, Any]:
 def seeds_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every seed in the config by its dotted key, such as the seed of the split."""
     kept = {key: value for key, value in config.items() if key not in ELSEWHERE}
-    flat = resumed_config.differences({}, kept)
-    return {key: value for key, (_, value) in flat.items() if key.split(".")[-1] == "seed"}
+    flat = sorted(leaves(kept).items())
+    return {key: value for key, value in flat if key.split(".")[-1] == "seed"}
