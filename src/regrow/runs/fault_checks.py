@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from regrow.errors import UserError, listed
+from regrow.errors import listed
 from regrow.feeding.batch import parts_of
 from regrow.numerics.precision import widest
 from regrow.protocols import Batch, DataLike
@@ -351,7 +351,7 @@ def mean_loss(task: Any, outputs: Any, targets: Any, weights: Tensor | None) -> 
     """Return the weighted mean of the task's losses, a scalar; None if they cannot be computed."""
     try:
         loss = task.loss(outputs, targets, weights)
-    except (RuntimeError, TypeError, ValueError, IndexError, UserError):
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     values: Tensor = loss.values
     if loss.weights is None:

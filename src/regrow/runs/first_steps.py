@@ -15,15 +15,15 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from regrow.distributed.parallel import World
-from regrow.errors import UserError, listed
+from regrow.errors import listed
 from regrow.feeding.loaders import Data
-from regrow.numerics.buffers import Buffers
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.numerics.totals import weighted
 from regrow.protocols import Batch, Objects, State
 from regrow.randomness import seed_step, states_kept
 from regrow.runs import fault_checks, overfitting
+from regrow.runs.model_checks import buffers_kept
 from regrow.runs.overfitting import Verdict
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class FirstSteps:
                 log.info("%s", line)
             data = self.objects.data
             if getattr(data, "overlap", None) != "ignore":
-                self.tell(fault_checks.leaks(data, self.world.device))
+                self.tell(*fault_checks.leaks(data, self.world.device))
         return dataclasses.replace(plan, train_step=self)
 
     def _stop_dropout(self) -> None:
@@ -121,7 +121,7 @@ class FirstSteps:
             self.world.barrier()
             raise SystemExit(1)
 
-    def tell(self, lines: Iterable[str]) -> None:
+    def tell(self, *lines: str) -> None:
         for line in lines:
             if line not in self.faults:
                 self.faults.append(line)
@@ -135,7 +135,7 @@ class FirstSteps:
         is_first = self.left == STEPS
         self.left -= 1
         if is_first:
-            self.tell(fault_checks.of_inputs(batch, images=True))
+            self.tell(*fault_checks.of_inputs(batch, images=True))
         if is_first and self.world.size == 1 and not self.objects.state.evaluates:
             self._look_at_loss(batch)
         reference = {} if self.agreement is not None else self._reference(batch, plan)
@@ -143,7 +143,7 @@ class FirstSteps:
         calls = fault_checks.Calls(self.model)
         with self._watched(), calls if is_first else contextlib.nullcontext():
             result = self._counted(self.train_step(state, batch, plan))
-        self.tell(calls.found.values())
+        self.tell(*calls.found.values())
         moves = {name: p.detach() - before[name] for name, p in self._trained()}
         self.moved |= {name for name, move in moves.items() if bool(move.any())}
         self._look_at_direction(moves, reference)
@@ -191,14 +191,10 @@ class FirstSteps:
     @contextlib.contextmanager
     def _without_a_trace(self) -> Iterator[None]:
         """Keep buffers and random states, and pass over what cannot be computed."""
-        buffers = Buffers(self.model)
-        try:
-            with states_kept(), autocast(self.world.device, self.objects.options.precision):
-                yield
-        except (RuntimeError, TypeError, ValueError, IndexError, UserError):
-            return
-        finally:
-            buffers.restore()
+        passed_over = contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError)
+        precision = autocast(self.world.device, self.objects.options.precision)
+        with buffers_kept(self.model), passed_over, states_kept(), precision:
+            yield
 
     def _look_at_loss(self, batch: Batch) -> None:
         """Tell of a task's loss that rises when the outputs move towards the targets."""
@@ -211,10 +207,8 @@ class FirstSteps:
                 rises = fault_checks.rises_towards_targets(task, outputs, few.targets, few.weights)
         if rises:
             self.tell(
-                [
-                    f"loss: it rises when the outputs of task={getattr(task, 'kind', '')} move "
-                    "towards the targets: its sign is wrong. Return the loss, not its negative."
-                ]
+                f"loss: it rises when the outputs of task={getattr(task, 'kind', '')} move "
+                "towards the targets: its sign is wrong. Return the loss, not its negative."
             )
 
     def _reference(self, batch: Batch, plan: Any) -> Mapping[str, Tensor]:
@@ -257,11 +251,9 @@ class FirstSteps:
         self.agreement = max(found, key=abs)
         if self.agreement > UPHILL:
             self.tell(
-                [
-                    "step: the first step leads up the slope of the task's loss (agreement "
-                    f"{self.agreement:+.2f}): a sign is wrong. Check optimizer.maximize and the "
-                    "sign of your step's gradients."
-                ]
+                "step: the first step leads up the slope of the task's loss (agreement "
+                f"{self.agreement:+.2f}): a sign is wrong. Check optimizer.maximize and the sign "
+                "of your step's gradients."
             )
 
     def _judge(self) -> None:
@@ -315,7 +307,7 @@ class FirstSteps:
                 "step: it drops the gradients of %s in these %d steps, so they do not train",
                 *(listed(dropped, 4), STEPS),
             )
-        self.tell(lines)
+        self.tell(*lines)
 
 
 def _each(optimizers: Any) -> Iterable[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from regrow.errors import UserError, brief
-from regrow.feeding.batch import parts_of
+from regrow.feeding.batch import each, parts_of
 from regrow.numerics.buffers import Buffers, caches
 from regrow.numerics.calls import call, is_out_of_memory
 from regrow.numerics.capture import attributes_of, differing
@@ -29,16 +29,14 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
     Returns a line for each mistake that stops no run: see `fault_checks.Calls` and `of_inputs`.
     """
     calls = fault_checks.Calls()
-    buffers = Buffers(model)  # some models count calls in evaluation mode too
     model.eval()
-    try:
-        with autocast(parts_of(batch.targets)[0].device, precision):
+    try:  # some models count calls in evaluation mode too
+        with buffers_kept(model), autocast(parts_of(batch.targets)[0].device, precision):
             outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
             task.check(outputs, batch.targets)
             with calls:
                 task.loss(outputs, batch.targets, batch.weights)
     finally:
-        buffers.restore()
         model.train()
     return [*calls.found.values(), *fault_checks.of_inputs(batch)]
 
@@ -81,10 +79,9 @@ def check_soft_targets(model: nn.Module, task: Task, batch: Batch, precision: st
 @torch.no_grad()
 def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
     """Raise UserError if the model cannot train on a micro-batch of one example."""
-    buffers = Buffers(model)
     batch = batch.split(max(1, batch.num_local))[0]
     try:
-        with autocast(parts_of(batch.targets)[0].device, precision):
+        with buffers_kept(model), autocast(parts_of(batch.targets)[0].device, precision):
             call(model.train(), batch.inputs)
     except ValueError as error:  # BatchNorm cannot compute a variance
         raise UserError(
@@ -92,8 +89,6 @@ def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
             f"{brief(error)}. Use data.drop_last=true, another data.batch_size, "
             "fewer trainer.accumulation_steps or a model without BatchNorm."
         ) from None
-    finally:
-        buffers.restore()
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -121,7 +116,7 @@ def materialise(model: nn.Module, batch: Batch) -> None:
     Raises UserError if some parameters stay uninitialised, or if forward creates others.
     """
     before = _tensors(model).keys()
-    call(model.eval(), _on_cpu(_few(batch).inputs))
+    call(model.eval(), each(_few(batch).inputs, Tensor.cpu))
     model.train()
     if made := _tensors(model).keys() - before:
         raise UserError(
@@ -224,7 +219,7 @@ def check_forward(
     warnings = []
     # With few examples, an expert of several may see none.
     few = batch if needs_all else _few(batch)
-    with _buffers_kept(model, averaged), autocast(parts_of(batch.targets)[0].device, precision):
+    with buffers_kept(model, averaged), autocast(parts_of(batch.targets)[0].device, precision):
         attributes = attributes_of([model.train()])
         try:
             with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
@@ -300,7 +295,7 @@ def _depends_on_history(model: nn.Module, few: Batch) -> bool:
     found = []
     cached = caches(model)
     persistent = {n: b.clone() for n, b in model.named_buffers() if n not in cached}
-    with _buffers_kept(model):
+    with buffers_kept(model):
         for _ in range(2):  # the second pass starts with what the first one left
             with states_kept():
                 found.append([*_found(call(model, few.inputs))])
@@ -386,7 +381,8 @@ def _found(value: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _buffers_kept(*models: nn.Module | None) -> Iterator[None]:
+def buffers_kept(*models: nn.Module | None) -> Iterator[None]:
+    """Restore the models' buffers afterwards."""
     kept = [Buffers(model) for model in models if model is not None]
     try:
         yield
@@ -399,14 +395,6 @@ def _few(batch: Batch) -> Batch:
     """Return the first two or three examples."""
     few: Batch = batch.split(max(1, batch.num_local // 2))[0]
     return few
-
-
-def _on_cpu(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.cpu()
-    if isinstance(inputs, Mapping):
-        return {name: value.cpu() for name, value in inputs.items()}
-    return tuple(value.cpu() for value in inputs)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
