@@ -470,10 +470,10 @@ def is_model(part: str) -> bool:
     return part == "model" or part.startswith("model.")
 
 
-def evaluated_part(parts: Collection[str], name: str = "") -> str:
+def evaluated_part(parts: Collection[str], name: str) -> str:
     """Return the part with a model's evaluated weights: the average, if it is saved.
 
-    `name` is that of one of several models.
+    `name` is that of one of several models, or "" for a single one.
     """
     average, model = (f"{kind}.{name}" if name else kind for kind in ("averaged", "model"))
     return average if average in parts else model

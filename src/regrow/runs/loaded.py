@@ -101,12 +101,7 @@ class LoadedRun:
     @cached_property
     def data(self) -> Any:
         """The run's data, normalised by the statistics of its training data."""
-        where = f"run={self.folder}"
-        check_roles_of_run(self.config, ("data",), self.folder, where)
-        refuse_remote(self.folder, where, self.config, self.typed)
-        check_ranges({"data": self.config["data"]})
-        allow({"data": self.config["data"]})
-        data = _data_of(without_gone(self.config["data"], self.folder), self.config["seed"])
+        data = _data_of(self.config, self.folder, self.typed)
         for note in data.notes:
             log.warning("%s", note)
         if self.recorded is not None:
@@ -276,16 +271,7 @@ def load_run(
         source["vocabulary"] = str(folder)  # that of another text would number its tokens otherwise
     path, parts, facts = _checkpoint(folder / "checkpoints", which)
     chosen = _device(device, config["trainer"]["device"])
-    node, name = config["model"], ""
-    if "_target_" not in node:  # several by name, of which the task evaluates one
-        name = str(config["task"].get("evaluates"))
-        node = node[name]
-    _refuse_downloads(node)
-    # A step may load a frozen model: what is drawn for weights that are replaced must not change
-    # what the step draws next.
-    with naming_code(folder), states_kept():
-        model: nn.Module = instantiate(node)
-        _load(model, parts.get(writer.evaluated_part(parts, name), {}), which)
+    model = _model_of(config, parts, folder, which)
     model.to(chosen).eval()
     if config["trainer"]["channels_last"]:
         model.to(memory_format=torch.channels_last)
@@ -315,6 +301,23 @@ def load_run(
     run.task.in_units = run.in_units
     run.task.vocabulary = None if recorded is None else recorded.vocabulary
     return run
+
+
+def _model_of(
+    config: Mapping[str, Any], parts: writer.Parts, folder: Path, which: str
+) -> nn.Module:
+    """Return the evaluated model with the weights in `parts`, of the checkpoint `which`."""
+    node, name = config["model"], ""
+    if "_target_" not in node:  # several by name, of which the task evaluates one
+        name = str(config["task"].get("evaluates"))
+        node = node[name]
+    _without_downloads(node)
+    # A step may load a frozen model: what is drawn for weights that are replaced must not change
+    # what the step draws next.
+    with naming_code(folder), states_kept():
+        model: nn.Module = instantiate(node)
+        _load(model, parts.get(writer.evaluated_part(parts, name), {}), which)
+    return model
 
 
 def _load(model: nn.Module, weights: Mapping[str, Any], which: str) -> None:
@@ -384,13 +387,8 @@ def _pin(data: dict[str, Any], **found: Any) -> None:
 
 
 def _check_type(name: str, value: Any, old: Any) -> None:
-    kinds = {
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        list: "a list",
-    }
+    kinds = {bool: "true or false", int: "an integer", float: "a number"}
+    kinds |= {str: "text", list: "a list"}
     kind = type(old)
     fits = type(value) in (int, float) if kind is float else type(value) is kind
     if kind in kinds and not fits:
@@ -458,13 +456,13 @@ def _loss_of(config: Mapping[str, Any], folder: Path, given: Path) -> Mapping[st
     return {**node, CLASS_WEIGHTS: found}
 
 
-def _refuse_downloads(node: Any) -> None:
+def _without_downloads(node: Any) -> None:
     """Set `pretrained` to false in a model's node, and below: the checkpoint has all weights."""
     if isinstance(node, dict):
         if "pretrained" in node:
             node["pretrained"] = False
         for value in node.values():
-            _refuse_downloads(value)
+            _without_downloads(value)
 
 
 def _names(value: Any) -> list[str] | None:
@@ -480,22 +478,25 @@ def _names(value: Any) -> list[str] | None:
 
 
 def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> list[str] | None:
-    where = f"run={folder}"
-    try:
-        check_roles_of_run(config, ("data",), folder, where)
-        refuse_remote(folder, where, config, typed)
-        allow({"data": config["data"]})
-        node = without_gone(config["data"], folder, tells=False)  # a later use of the data tells
-        names: list[str] | None = _data_of(node, config["seed"]).class_names
+    try:  # a later use of the data tells of files that are gone
+        names: list[str] | None = _data_of(config, folder, typed, tells=False).class_names
     except UserError:
         return None  # the data is missing or another's: classes go by their numbers
     return names
 
 
-def _data_of(node: Any, seed: int) -> Any:
-    """Return the data of a node, as the run made it. Leaves the global generators as they are."""
+def _data_of(
+    config: Mapping[str, Any], folder: Path, typed: Iterable[str], *, tells: bool = True
+) -> Any:
+    """Return the data, as the run made it. Leaves the global generators as they are."""
+    where = f"run={folder}"
+    check_roles_of_run(config, ("data",), folder, where)
+    refuse_remote(folder, where, config, typed)
+    check_ranges({"data": config["data"]})
+    allow({"data": config["data"]})
+    node = without_gone(config["data"], folder, tells=tells)
     with states_kept():
-        seed_data(seed)
+        seed_data(config["seed"])
         return instantiate(node)
 
 
