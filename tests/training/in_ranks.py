@@ -179,7 +179,7 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
     whole_model = {k: whole(v).clone() for k, v in objects.state.model.state_dict().items()}
     assert plan.checkpoints.wait()
     objects, plan = new()
-    training.go_on(objects.state, plan.checkpoints, world)
+    training.restore(objects.state, plan.checkpoints, world)
     assert objects.state.step == 3
     return {"at three": whole_model, **steps(objects, plan)}
 
@@ -196,7 +196,7 @@ def leg(world: World, config: Config, folder: Path, last: int) -> list[tuple[flo
         writers=writers,
     )
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=writer)
-    training.go_on(objects.state, writer, world)
+    training.restore(objects.state, writer, world)
     seen: list[tuple[float, float, int]] = steps(objects, plan, last)["seen"]
     facts = CheckpointFacts(step=last, epoch=0, value=None, milestone=False, metrics_bytes=0)
     if writer.writes:

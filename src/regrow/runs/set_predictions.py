@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,26 @@ from regrow.record import output
 from regrow.runs import inference
 from regrow.runs.predictions import columns_of, predictions_of
 
+log = logging.getLogger(__name__)
+
 
 def write(
-    folder: Path,
-    objects: Objects,
-    name: str,
-    world: World,
-    stop: StopRequest,
-    draws: Draws,
-) -> bool:
+    folder: Path, objects: Objects, name: str, world: World, stop: StopRequest, draws: Draws
+) -> None:
     """Write a row per example: its name in the source, targets, and the columns of predictions.
 
-    Every process predicts its share. Returns False, and writes nothing, if the outputs are not one
-    row per example.
+    Every process predicts its share. If the outputs are not one row per example, logs a warning
+    and writes nothing.
     """
-    data: Any = objects.data
     parts = _predicted(objects, name, world, stop, draws)
-    if parts and world.is_main:
-        rows = _rows(objects, data.ids(name), parts)
+    if not parts:
+        log.warning(
+            "no predictions are written: a table needs a row per example, of a task whose kind is "
+            "multiclass, binary, multilabel or regression"
+        )
+    elif world.is_main:
+        rows = _rows(objects, objects.data.ids(name), parts)
         output.write_csv(rows, folder / f"predictions_{name}.csv", overwrite=True)
-    return bool(parts)
 
 
 @torch.no_grad()

@@ -19,9 +19,7 @@ from regrow.checkpoint.digest import weights_sha256
 from regrow.config.command_line import command
 from regrow.config.targets import instantiate
 from regrow.distributed import sharding
-from regrow.distributed.parallel import (
-    World,
-)
+from regrow.distributed.parallel import World
 from regrow.dotted import Checked
 from regrow.errors import UserError
 from regrow.feeding.files import shown, without_gone
@@ -115,7 +113,7 @@ def train(
         is_main=world.is_main,
         writers=writers_of(world, options),
     )
-    facts = go_on(state, checkpoints, world)
+    facts = restore(state, checkpoints, world)
     if facts and accepted:
         tell_position(state, accepted, facts)
     if world.is_main:
@@ -144,27 +142,10 @@ def train(
         if watch is not None and status == "completed":
             watch.conclude()
         summary = summary_of(status, objects, started)
-        if status == "completed" and state.progress.pruned:  # a pruned trial is not tested
-            if world.is_main:
-                write_summary(folder, summary)
-        elif status == "completed":
-            step = state.step
-            if world.mesh is not None or objects.data.final:
-                step = take_best(state, folder, world)
-            if world.mesh is not None:
-                export_weights(state, folder, world)
-            for name in objects.data.final:
-                draws = Draws(config["seed"], name, step, world.rank)
-                summary[name], details = measure_once(objects, name, world, stop, draws)
-                record.log(state.step, state.epoch, summary[name])
-                if name == "test" and objects.data.folds is not None:
-                    again = Draws(config["seed"], name, step, world.rank)
-                    write_predictions(folder, objects, name, world, stop, again)
-                if world.is_main:
-                    (folder / "plots").mkdir(exist_ok=True)
-                    records.write_json(folder / "plots" / f"{name}.json", details)
-            if world.is_main:
-                write_summary(folder, summary)
+        if status == "completed" and not state.progress.pruned:  # a pruned trial is not tested
+            measure_final(objects, config["seed"], folder, world, stop, record, summary)
+        if status == "completed" and world.is_main:
+            write_summary(folder, summary)
         exit_code = 0 if status == "completed" else loggers.KILLED
     except Interrupted:  # during the test; training is finished and saved
         summary = summary_of("interrupted", objects, started)
@@ -176,7 +157,7 @@ def train(
     return summary
 
 
-def go_on(
+def restore(
     state: State, checkpoints: writer.CheckpointWriter, world: World
 ) -> dict[str, Any] | None:
     """Load the newest complete checkpoint. Returns its manifest, or None if there is none.
@@ -277,6 +258,34 @@ def export_weights(state: State, folder: Path, world: World) -> None:
             torch.save(weights, file)
 
 
+def measure_final(
+    objects: Objects,
+    seed: int,
+    folder: Path,
+    world: World,
+    stop: StopRequest,
+    record: Record,
+    summary: dict[str, Any],
+) -> None:
+    """Measure the final sets with the best weights, and add their values to `summary`."""
+    state, step = objects.state, objects.state.step
+    if world.mesh is not None or objects.data.final:
+        step = take_best(state, folder, world)
+    if world.mesh is not None:
+        export_weights(state, folder, world)
+    for name in objects.data.final:
+        draws = Draws(seed, name, step, world.rank)
+        summary[name], details = measure_once(objects, name, world, stop, draws)
+        record.log(state.step, state.epoch, summary[name])
+        if name == "test" and objects.data.folds is not None:
+            from regrow.runs import set_predictions
+
+            set_predictions.write(folder, objects, name, world, stop, draws)
+        if world.is_main:
+            (folder / "plots").mkdir(exist_ok=True)
+            records.write_json(folder / "plots" / f"{name}.json", details)
+
+
 def measure_once(
     objects: Objects, name: str, world: World, stop: StopRequest, draws: Draws
 ) -> tuple[dict[str, float], Mapping[str, Any]]:
@@ -298,17 +307,6 @@ def measure_once(
         world.gather_texts,
     )
     return {f"{name}/{key}": value for key, value in values.items()}, details
-
-
-def write_predictions(folder: Path, *what: Any) -> None:
-    """Write what the run predicts for a set: see `regrow.runs.set_predictions`."""
-    from regrow.runs import set_predictions
-
-    if not set_predictions.write(folder, *what):
-        log.warning(
-            "no predictions are written: a table needs a row per example, of a task whose kind is "
-            "multiclass, binary, multilabel or regression"
-        )
 
 
 def draw(folder: Path) -> None:
@@ -346,8 +344,7 @@ def profiling(options: Settings, folder: Path, world: World) -> Iterator[None]:
     from torch.profiler import profile
 
     is_cuda = world.device.type == "cuda"
-    device = [world.device] if is_cuda else []
-    wait = functools.partial(torch.cuda.synchronize, *device) if is_cuda else lambda: None
+    wait = functools.partial(torch.cuda.synchronize, world.device) if is_cuda else lambda: None
     # torch 2.11 warns, even of a single cycle, if events are not accumulated.
     profiler = profile(profile_memory=True, with_stack=False, acc_events=True)
     measured = phases.Phases(wait)
@@ -371,13 +368,13 @@ def _write_profile(profiler: Any, measured: phases.Phases, folder: Path, *, is_c
     log.info("profile: %s (open trace.json at ui.perfetto.dev)", folder / "profile")
 
 
-def top_operators(events: Any, *, is_cuda: bool, most: int = 10) -> list[str]:
-    """Return a table of the operators with the most self time, on a GPU by the time there."""
+def top_operators(events: Any, *, is_cuda: bool) -> list[str]:
+    """Return a table of the ten operators with the most self time, on a GPU by the time there."""
     kind = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     seconds = {event.key: getattr(event, kind) / 1e6 for event in events}
     calls = {event.key: event.count for event in events}
     total = sum(seconds.values()) or 1.0
-    rows = sorted(seconds, key=lambda key: -seconds[key])[:most]
+    rows = sorted(seconds, key=lambda key: -seconds[key])[:10]
     return ["self time of operators          seconds    share   calls"] + [
         f"{key[:30]:<30} {seconds[key]:>8.3f} {100 * seconds[key] / total:>6.1f} % {calls[key]:>7}"
         for key in rows
