@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -46,8 +47,8 @@ def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     log.info("folder: %s", folder)
     if (before := interrupted(folder, job)) is not None:
         words = "%s, started by the same command, was interrupted. To resume it: %s"
-        log.info(words, before, again(job, before))
-    log.info("if interrupted, resume with: %s", again(job, folder))
+        log.info(words, before, resume_command(job, before))
+    log.info("if interrupted, resume with: %s", resume_command(job, folder))
 
 
 def facts(job: Job, objects: Objects, world: World) -> list[str]:
@@ -189,7 +190,7 @@ def config_tree(
     """
     lines: list[str] = []
     told: set[tuple[str, str]] = set()
-    width = max(80, min(140, _terminal_width()))
+    width = max(80, min(140, shutil.get_terminal_size((100, 24)).columns))
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
     groups = {key: value for key, value in config.items() if isinstance(value, Mapping)}
     for name, values in {"run": plain, **groups}.items():
@@ -241,18 +242,12 @@ def _in_one_line(shown: dict[str, str], first: list[str], room: int) -> dict[str
 def longer(folder: Path, job: Job, summary: Mapping[str, Any]) -> str:
     """Return the command that trains a complete run for as long again."""
     limits = resumed_config.reached(summary, job.config["trainer"])
-    return again(job, folder, *(f"{key}={more}" for key, more in limits.items()))
+    return resume_command(job, folder, *(f"{key}={more}" for key, more in limits.items()))
 
 
-def again(job: Job, folder: Path, *more: str) -> str:
+def resume_command(job: Job, folder: Path, *more: str) -> str:
     """Return the command that resumes the run in `folder`."""
     return command(*flags.arguments_of(job.source), f"resume={folder}", *more)
-
-
-def _terminal_width() -> int:
-    import shutil
-
-    return shutil.get_terminal_size((100, 24)).columns
 
 
 def _is_shown(key: str, value: Any) -> bool:
@@ -262,5 +257,5 @@ def _is_shown(key: str, value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = "null" if value is None else str(value).replace(" ", "")
+    text = str(value).replace(" ", "")
     return text if len(text) <= 40 else f"{text[:37]}…"

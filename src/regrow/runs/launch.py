@@ -24,7 +24,7 @@ from regrow.failing import in_one_line
 from regrow.processes import outside
 from regrow.processes.signals import before_the_run
 from regrow.record import ownership, records
-from regrow.runs.banner import again
+from regrow.runs.banner import resume_command
 from regrow.runs.console import console
 from regrow.runs.session import (
     claimed,
@@ -87,9 +87,8 @@ def _launch(cfg: DictConfig) -> float | None:
         worker.lead(job)
     with console():
         if "_target_" in launcher:
-            given = typed_overrides(HydraConfig.get().overrides.task)
-            typed = [o for o in given if is_of_the_launcher(o)]
-            submit(job, launcher, typed)
+            typed = typed_overrides(hydra.overrides.task)
+            submit(job, launcher, [o for o in typed if is_of_the_launcher(o)])
             return None
         return run_all(job)
 
@@ -121,7 +120,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
     log.info("folder: %s", folder)
     log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
-    log.info("if interrupted, resume with: %s", again(job, folder, *typed))
+    log.info("if interrupted, resume with: %s", resume_command(job, folder, *typed))
 
 
 def owned(job: Job) -> Job:

@@ -44,7 +44,7 @@ from regrow.protocols import Objects
 from regrow.record import manifest, names, ownership, records
 from regrow.record.redact import redact_all
 from regrow.runs import fault_checks, machine, training
-from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
+from regrow.runs.banner import conclude, in_warmup, introduce, longer, resume_command
 from regrow.runs.console import early_lines, log_file
 from regrow.runs.first_steps import FirstSteps
 from regrow.runs.loaded import preprocessing_record
@@ -212,7 +212,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
     objects.state.progress.num_micro_batches = num_micro_batches
     if config["trainer"]["check_first_batch"]:
         training.check_first_batch(objects, world)
-    trial = trial_of(job, objects, world)
+    trial = trial_of(job, objects)
     if job.folder is not None and world.is_main:
         refuse_other_state(objects, Path(job.folder))
     world.barrier()  # a rank that fails before this line leaves no folder behind
@@ -264,22 +264,17 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                     raise
                 if world.is_main:
                     manifest.note_packages(folder, ROOT)
-                fault = None if lost_the_others(raised) else machine_fault(raised)
-                cause = fault or raised
-                if isinstance(cause, SystemExit) and not cause.code:  # of the user's code
-                    cause = RuntimeError("sys.exit() ended the run before its last step")
-                if isinstance(cause, DataError) and objects.state.step > 0:
-                    cause = DataError(after_a_change(cause, job, folder))
-                note_failure(cause, folder, job, objects.state.step, world)
-                if world.is_main and job.folder is None and objects.state.step == 0:
+                step = objects.state.step
+                cause = cause_of(raised, folder, job, step)
+                note_failure(cause, folder, job, step, world)
+                if world.is_main and job.folder is None and step == 0:
                     with contextlib.suppress(OSError):
                         records.unlink_latest(folder, runs, latest)
                     if not isinstance(cause, OSError):  # which says how to resume
-                        log.info(
-                            "no step was completed: %s holds a log, and nothing to resume", folder
-                        )
+                        words = "no step was completed: %s holds a log, and nothing to resume"
+                        log.info(words, folder)
                 if world.store is not None and isinstance(cause, Exception):
-                    raise RunFailed(cause, objects.state.step) from raised
+                    raise RunFailed(cause, step) from raised
                 if is_plain(cause):
                     raise SystemExit(1) from cause
                 if cause is raised:
@@ -292,17 +287,12 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             name = signal.Signals(number).name
             if world.is_main:
                 log.warning("stopped by %s at step %d. Resume with:", name, summary["steps"])
-                log.warning("  %s", again(job, folder))
+                log.warning("  %s", resume_command(job, folder))
             world.barrier()
             raise SystemExit(128 + number)
         if world.is_main:
-            warmup = objects.warmup_steps
-            if objects.state.step < warmup and objects.state.step != objects.total_steps:
-                log.warning(
-                    "%s", in_warmup(objects.state.step, warmup)
-                )  # max_seconds or early stopping ended it
-            if (short := unsettled(job, objects)) is not None:
-                log.warning("%s", short)
+            for line in shortcomings(job, objects):
+                log.warning("%s", line)
             if job.draws:
                 training.draw(folder)  # the page shows the status, so write that first
             conclude(folder, job, summary)
@@ -312,33 +302,48 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
         return best
 
 
-def unsettled(job: Job, objects: Objects) -> str | None:
-    """Return the warning of a run that was too short for its BatchNorm layers, or None."""
-    state, config = objects.state, job.config
+def shortcomings(job: Job, objects: Objects) -> Iterator[str]:
+    """Yield the warnings of a run that was too short for its warm-up or its BatchNorm layers."""
+    state, config, warmup = objects.state, job.config, objects.warmup_steps
+    if state.step < warmup and state.step != objects.total_steps:  # else it was told at the start
+        yield in_warmup(state.step, warmup)
     started = config["init_from"] or config["model"].get("pretrained")
-    if started or job.choices.get("debug"):
-        return None
-    micro_batches = max(objects.options.accumulation_steps, state.progress.num_micro_batches)
-    return fault_checks.unsettled_averages(state.evaluated, state.step, micro_batches)
+    if not started and not job.choices.get("debug"):
+        micro_batches = max(objects.options.accumulation_steps, state.progress.num_micro_batches)
+        odd = fault_checks.unsettled_averages(state.evaluated, state.step, micro_batches)
+        if odd is not None:
+            yield odd
+
+
+def cause_of(raised: BaseException, folder: Path, job: Job, step: int) -> BaseException:
+    """Return what to record and report of the error that ended a run at `step`."""
+    if not lost_the_others(raised) and (fault := machine_fault(raised)) is not None:
+        return fault
+    if isinstance(raised, SystemExit) and not raised.code:  # of the user's code
+        return RuntimeError("sys.exit() ended the run before its last step")
+    if isinstance(raised, DataError) and step > 0:
+        return DataError(after_a_change(raised, job, folder))
+    return raised
 
 
 def after_a_change(error: DataError, job: Job, folder: Path) -> str:
     """Return the error of a run that has taken steps, and how to continue with repaired data."""
     accepted = f"{changed_data.CHANGED}=accept"
     if not isinstance(error, BrokenImages):
-        return f"{error} If this changes the data, resume with: {again(job, folder, accepted)}"
+        command = resume_command(job, folder, accepted)
+        return f"{error} If this changes the data, resume with: {command}"
     names = "" if error.leave_out else " The log names them."
     skip = f" with {shlex.quote(error.leave_out)}" if error.leave_out else f" without {error.them}"
     if error.is_cut:  # without the files, val and test are other ones
         return f"{error.what}. Fix {error.them}, or start a new run{skip}.{names}"
     more = (error.leave_out, accepted) if error.leave_out else (accepted,)
-    command = again(job, folder, *more)
+    command = resume_command(job, folder, *more)
     return (
         f"{error.what}. Fix or remove {error.them}.{names} Resume without {error.them}: {command}"
     )
 
 
-def trial_of(job: Job, objects: Objects, world: World) -> Any:
+def trial_of(job: Job, objects: Objects) -> Any:
     """Return the reporter of this trial to its search, or None without a search.
 
     Raises UserError if the search's metric is not measured.
@@ -390,7 +395,7 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
         log.error("failed at %s%s", at, in_a_line(error).removeprefix(at))
         if isinstance(error, OSError):  # usually a disk problem that the user can fix
             log.error("Once that is fixed, resume with:")
-            log.error("  %s", again(job, folder))
+            log.error("  %s", resume_command(job, folder))
     if not isinstance(error, UserError) or isinstance(error, OwnCodeError):
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
