@@ -113,8 +113,7 @@ def _detach(handler: logging.Handler) -> None:
 
 class _ConsoleFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        text = printable(redact(text))
+        text = printable(redact(record.getMessage()))
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,35 +62,15 @@ def _find_lr(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     check_once(cfg, hydra.runtime.choices)
     config = plain(cfg)
-    if config["resume"] not in ("auto", "never"):
-        raise UserError(
-            f"resume={config['resume']}: the range test resumes no run. To start from that "
-            f"run's weights use init_from={config['resume']}."
-        )
-    if "_target_" in config["launcher"]:
-        raise UserError(
-            f"launcher={hydra.runtime.choices['launcher']}: the range test is made here. Leave out "
-            "launcher, or call it in a job of your own."
-        )
-    if "_target_" not in config["optimizer"]:
-        raise UserError(
-            f"optimizer: the range test looks for one rate, and there are "
-            f"{', '.join(config['optimizer'])}. Choose an optimizer with a _target_."
-        )
-    trainer = config["trainer"]
-    if trainer["devices"] != 1:
-        raise UserError(
-            f"trainer.devices={trainer['devices']}: the range test is one process, which finds "
-            "the same rate, since data.batch_size counts all. Use trainer.devices=1."
-        )
+    refuse_unfit(config, hydra.runtime.choices)
     with console():
         test: RangeTest = instantiate(config["find_lr"])
-        world = World(device=machine.resolve_device(trainer["device"]))
+        world = World(device=machine.resolve_device(config["trainer"]["device"]))
         objects = training.build(config, world)
         with contextlib.closing(objects.data):
             for note in objects.data.notes:
                 log.warning("%s", note)
-            if trainer["check_first_batch"]:
+            if config["trainer"]["check_first_batch"]:
                 training.check_first_batch(objects, world)
             nowhere: dict[str, Any] = {"record": None, "checkpoints": None, "trial": None}
             plan = lab().plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
@@ -116,14 +97,40 @@ def _find_lr(cfg: DictConfig) -> float:
         )
         folder = new_folder(config, hydra)
         write(folder, curve, lr, suggestion)
-        log.info("%d steps from %.2g to %.2g: %s", len(curve.lrs), *_ends(curve), curve.ended)
+        lrs = curve.lrs
+        log.info("%d steps from %.2g to %.2g: %s", len(lrs), lrs[0], lrs[-1], curve.ended)
         log.info("written: %s", folder / "lr_finder.png")
         log.info("suggestion: %s", suggestion)
     return lr
 
 
+def refuse_unfit(config: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
+    """Raise UserError for a config that the range test cannot run."""
+    if config["resume"] not in ("auto", "never"):
+        raise UserError(
+            f"resume={config['resume']}: the range test resumes no run. To start from that "
+            f"run's weights use init_from={config['resume']}."
+        )
+    if "_target_" in config["launcher"]:
+        raise UserError(
+            f"launcher={choices['launcher']}: the range test is made here. Leave out "
+            "launcher, or call it in a job of your own."
+        )
+    if "_target_" not in config["optimizer"]:
+        raise UserError(
+            f"optimizer: the range test looks for one rate, and there are "
+            f"{', '.join(config['optimizer'])}. Choose an optimizer with a _target_."
+        )
+    trainer = config["trainer"]
+    if trainer["devices"] != 1:
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: the range test is one process, which finds "
+            "the same rate, since data.batch_size counts all. Use trainer.devices=1."
+        )
+
+
 def train_command(
-    lr: float, config: dict[str, Any], overrides: list[str], source: dict[str, Any] | None = None
+    lr: float, config: dict[str, Any], overrides: list[str], source: dict[str, Any]
 ) -> str:
     """Return the command that trains the tested run at the suggested rate."""
     kept = [
@@ -133,7 +140,7 @@ def train_command(
         and key_of(override) not in ("optimizer.lr", "resume")
     ]
     sign = "" if "lr" in config["optimizer"] else "+"
-    places = flags.arguments_of({**(source or flags.DEFAULT), "name": "train"})
+    places = flags.arguments_of({**source, "name": "train"})
     return command(*places, *kept, f"{sign}optimizer.lr={lr:g}")
 
 
@@ -175,7 +182,3 @@ def draw(curve: Curve, lr: float) -> Figure:
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False)
     return figure
-
-
-def _ends(curve: Curve) -> tuple[float, float]:
-    return curve.lrs[0], curve.lrs[-1]

@@ -115,9 +115,8 @@ def _shapes(error: BaseException) -> Iterator[str]:
             return
         # The frame of the batch comes last: a loss may have given the name to something else.
         outputs = _shape(found.get("outputs")) or outputs
-        if (
-            batch := next((v for v in found.values() if isinstance(v, LoadedBatch)), None)
-        ) is not None:
+        batch = next((v for v in found.values() if isinstance(v, LoadedBatch)), None)
+        if batch is not None:
             parts = {"outputs": outputs, "targets": _shape(batch.targets)}
             more = "".join(f", the {name} {shape}" for name, shape in parts.items() if shape)
             yield f"The inputs had shape {_shape(batch.inputs)}{more}."

@@ -30,13 +30,7 @@ def vocabulary_of(run: LoadedRun) -> Vocabulary:
 
 
 def generate(
-    run: LoadedRun,
-    prompt: str,
-    *,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
+    run: LoadedRun, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, piece by piece, until `tokens` or an end token.
 

@@ -66,7 +66,7 @@ def _report(job: Job) -> None:
     allow(job.config)
     if job.folder is not None:
         job = _resumed(job, Path(job.folder))
-    trainer, note, unfit = job.config["trainer"], "", ""
+    trainer, note = job.config["trainer"], ""
     try:
         device = machine.resolve_device(trainer["device"])
         count = ranks.count_of(trainer)
@@ -74,8 +74,7 @@ def _report(job: Job) -> None:
         device, count, note = torch.device("cpu"), 1, f"{error} Measured on the CPU."
         if isinstance(trainer["devices"], int):
             count = trainer["devices"]
-    if not note:
-        unfit = _unfit(trainer, device)
+    unfit = "" if note else _unfit(trainer, device)
     threads = trainer["num_threads"] or machine.usable_cores()
     job = job.of_processes(count, threads)
     world = World(device=device)
@@ -89,14 +88,11 @@ def _report(job: Job) -> None:
             position.num_micro_batches = split  # a start refuses a micro-batch that is too small
             training.check_first_batch(objects, world)
             position.num_micro_batches = 1
-        for line in facts(job, objects, dataclasses.replace(world, size=count)):
-            log.info("%s", line)
-        for line in (*_splits(job.config, objects), _choices(job)):
+        sizes = facts(job, objects, dataclasses.replace(world, size=count))
+        for line in [*sizes, *_splits(job.config, objects), _choices(job)]:
             log.info("%s", line)
         odd = [*what_is_odd(job.config, objects), *unread_root(job)]
-        for line in [*objects.data.notes, *odd]:
-            log.warning("%s", line)
-        for line in filter(None, (note, unfit)):
+        for line in [*objects.data.notes, *odd, *filter(None, (note, unfit))]:
             log.warning("%s", line)
         batch = min(job.config["data"]["batch_size"], objects.train.num_examples)
         with first_calls.explained():
@@ -206,9 +202,10 @@ def _step(objects: Objects, seed: int, world: World, batch: Batch) -> Cost:
     counter = FlopCounterMode(display=False)
     with _of_updates(each, counter) as updates, counter, _saved(objects.state.model) as peak:
         plan.train_step(objects.state, batch, plan.step)
-    tensors = [t for one in each for t in tree_leaves(one.state_dict()) if _is_tensor(t)]
+    kept = [leaf for one in each for leaf in tree_leaves(one.state_dict())]
+    size = sum(leaf.nbytes for leaf in kept if isinstance(leaf, Tensor) and leaf.ndim > 0)
     flops = counter.get_total_flops() - sum(updates)
-    return Cost(batch.num_local, flops, max(peak), sum(map(_bytes, tensors)))
+    return Cost(batch.num_local, flops, max(peak), size)
 
 
 @contextlib.contextmanager
@@ -277,24 +274,16 @@ class _Kept:
         self.tensor = tensor
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _memory(objects: Objects, cost: Cost, shares: int) -> str:
     """Return a line on the memory of a process: what the config implies, without the libraries."""
     model = objects.state.model
     parts = {
-        "weights": sum(map(_bytes, [*model.parameters(), *model.buffers()])),
-        "gradients": sum(map(_bytes, objects.parameters)),
+        "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "gradients": sum(parameter.nbytes for parameter in objects.parameters),
         "optimizer": cost.optimizer,
     }
     if (averaged := getattr(objects.state, "averaged", None)) is not None:
-        parts["average"] = sum(map(_bytes, [*averaged.parameters(), *averaged.buffers()]))
+        parts["average"] = sum(t.nbytes for t in (*averaged.parameters(), *averaged.buffers()))
     parts = {name: -(-part // shares) for name, part in parts.items()}
     parts[f"activations of {cost.size} examples"] = round(cost.activations)
     named = ", ".join(f"{name} {_scaled(part)}B" for name, part in parts.items())
