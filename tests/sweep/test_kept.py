@@ -62,7 +62,7 @@ def trials(folder: Path, space: dict[str, BaseDistribution] = RATES, **changes: 
         ledger.write(folder, [])
     return search.Trials(
         Composer(folder), its, search.Space([], space), ["val/accuracy"], lambda one: one,  # type: ignore[arg-type]
-        search.open_study(folder, its, ["maximize"]), its.n_trials,
+        search.open_study(folder, ["maximize"]), its.n_trials,
     )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_code_that_cannot_be_copied_is_one_short_line(
 
 
 def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:
-    facts: dict[str, Any] = {"name": "x", "kind": "list of jobs"}
+    facts: dict[str, Any] = {"name": "x", "kind": "list of jobs", "config": flags.DEFAULT}
     made = run.Sweep(tmp_path, SEARCH, {}, facts)
     ledger.write(tmp_path, [], **facts)
     made.agree({}, ["lr=1"])

@@ -17,14 +17,14 @@ def finish(folder: Path, number: int, code: int) -> None:
     (entry,) = [entry for entry in ledger.entries(folder) if entry.number == number]
     slurm = ledger.noted(folder, number).get("slurm")
     its, reason = ledger.state_of(folder, entry)
+    state = "failed"
     if its in ledger.GOOD or code in STOPPED:
-        ledger.note(folder, number, "ended", slurm=slurm)
+        state, reason = "ended", None
     elif code < 0:
         reason = f"its process was killed by {name_of(-code)}"
-        ledger.note(folder, number, "failed", reason, slurm=slurm)
     else:
         reason = (reason if its == "failed" else None) or last_error(folder, slurm)
-        ledger.note(folder, number, "failed", reason, slurm=slurm)
+    ledger.note(folder, number, state, reason, slurm=slurm)
     with ledger.alone(folder, ledger.RESULTS_LOCK):  # several jobs may end at once
         found = results.write_table(folder)
         content = ledger.read(folder)

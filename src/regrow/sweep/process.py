@@ -45,12 +45,11 @@ def start(
     """Start the job in `text`, as JSON, as number `number` of the sweep in `folder`."""
     log = ledger.log_of(folder, number)
     log.parent.mkdir(exist_ok=True)
-    process = context.Process(  # type: ignore[attr-defined]
+    process: BaseProcess = context.Process(  # type: ignore[attr-defined]
         target=work, args=(str(folder), number, text, environment), name=f"job {number}"
     )
     process.start()
-    started: BaseProcess = process
-    return started
+    return process
 
 
 def work(folder: str, number: int, text: str, environment: dict[str, str]) -> None:

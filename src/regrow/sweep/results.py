@@ -13,7 +13,7 @@ import yaml
 from regrow.config import flags
 from regrow.config.command_line import command, key_of
 from regrow.config.yaml_files import plain_value
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.record import comparison, manifest, pages, report, side_by_side
 from regrow.record.comparison import Comparison, Row
 from regrow.record.importances import Importance, of_study
@@ -72,9 +72,9 @@ def write_table(folder: Path) -> Comparison:
 
     Raises UserError if there is no sweep.
     """
-    if not ledger.read(folder):
-        raise UserError(f"{folder} holds no sweep: there is no {ledger.FILE}.")
     content = ledger.read(folder)
+    if not content:
+        raise UserError(f"{folder} holds no sweep: there is no {ledger.FILE}.")
     found = comparison.compare(
         rows_of(folder), content.get("metric") or "", content.get("mode") or ""
     )
@@ -107,7 +107,7 @@ def importance_of(folder: Path, found: Comparison) -> Importance:
         count = len(study.get_trials(deepcopy=False, states=complete))
         shares = of_study(study, count, first)
     except Exception as error:  # as for a search of one trial; the sweep itself is complete
-        return Importance({}, f"Not computed: {' '.join(str(error).split())}")
+        return Importance({}, f"Not computed: {brief(error)}")
     if not shares:
         return Importance({}, "Not computed: no trial is complete, or none differs.")
     short = pages.short_names([key_of(key) for key in shares])

@@ -76,11 +76,7 @@ def enter(config: DictConfig) -> None:
     named = Path(config.hydra.sweep.dir) if is_named("hydra.sweep.dir") else None
     source = flags.source_of(config.hydra)
     frozen_code = frozen.opened(
-        named,
-        str(config.name),
-        same_sweep(config),
-        str(config.resume),
-        source,
+        named, str(config.name), same_sweep(config), str(config.resume), source
     )
     warm = not config.launcher.get("fresh_processes", True)
     frozen.become(*frozen_code, sys.argv[1:], warm=warm)
@@ -191,17 +187,18 @@ class Sweep:
 
     def agree(self, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
         """Add `fixed` and `swept` to the facts. Raises UserError if the folder's jobs conflict."""
-        if ledger.read(self.folder):
-            now = self.facts.get("config", flags.DEFAULT)
-            frozen.refuse_another_source(self.folder, flags.of_sweep(self.folder), now)
-        kind = ledger.read(self.folder).get("kind", self.facts["kind"])
+        content = ledger.read(self.folder)
+        if content:
+            before = flags.of_sweep(self.folder)
+            frozen.refuse_another_source(self.folder, before, self.facts["config"])
+        kind = content.get("kind", self.facts["kind"])
         if kind != self.facts["kind"]:
             raise UserError(
                 f"{self.folder} holds a {kind}, and this is a {self.facts['kind']}. "
                 "Another kind of sweep needs another folder."
             )
         planning.refuse_another(self.folder, fixed, swept)
-        varied = [*ledger.read(self.folder).get("varied", []), *map(key_of, swept)]
+        varied = [*content.get("varied", []), *map(key_of, swept)]
         self.facts |= {"fixed": dict(fixed), "varied": [*dict.fromkeys(varied)]}
 
     def prepared(self, planned: Sequence[Planned]) -> list[Planned]:
@@ -263,7 +260,7 @@ def search(
         metric=metrics[0],
         mode={"maximize": "max", "minimize": "min"}[directions[0]],
     )
-    study = search.open_study(folder, options, directions)
+    study = search.open_study(folder, directions)
     trials = search.Trials(composer, options, space, metrics, sweep.prepare, study, total)
     trials.take_up()
     done = sum(ledger.state_of(folder, one)[0] in ledger.ENDED for one in ledger.entries(folder))
@@ -335,10 +332,10 @@ def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[P
     where = os.path.relpath(folder)
     log.info("folder: %s", where)
     if done < len(jobs):
-        log.info("if interrupted, resume with: %s", going_on(folder))
+        log.info("if interrupted, resume with: %s", resume_command(folder))
 
 
-def going_on(folder: Path, *more: str) -> str:
+def resume_command(folder: Path, *more: str) -> str:
     where = os.path.relpath(folder)
     places = flags.arguments_of(flags.of_sweep(folder))
     words = [f"resume={where}", *ownership.trust_of(folder), *more]
@@ -359,10 +356,10 @@ def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:
     complete = len(states) >= total and all(its in ledger.GOOD for its in states)
     ledger.write(folder, complete=complete)
     if signals:
-        log.warning("stopped. Resume with: %s", going_on(folder))
+        log.warning("stopped. Resume with: %s", resume_command(folder))
         return 128 + signals[0]
     if "failed" in states:
-        again = going_on(folder, "sweep.retry_failed=true")
+        again = resume_command(folder, "sweep.retry_failed=true")
         words = "%d of %d jobs failed. To run them again: %s"
         log.warning(words, states.count("failed"), len(states), again)
     return 0 if complete else 1

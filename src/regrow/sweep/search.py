@@ -30,7 +30,7 @@ from optuna.distributions import (
 from optuna.trial import TrialState
 
 from regrow.config.command_line import key_of
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.record import monitor, records
 from regrow.record.comparison import REPEATS
 from regrow.runs import trial
@@ -155,7 +155,7 @@ def distribution_of(override: Override) -> BaseDistribution:
         assert isinstance(value, ChoiceSweep) or override.is_discrete_sweep()
         return CategoricalDistribution([str(each) for each in override.sweep_string_iterator()])
     except ValueError as error:
-        raise UserError(f"{line}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{line}: {brief(error)}") from None
 
 
 def is_of(of: BaseDistribution, value: Any) -> bool:
@@ -295,12 +295,13 @@ class Trials:
             self.study.tell(number, state=TrialState.FAIL)
             return None
         ledger.add(folder, planned.entry)
-        told = {
-            "folder": str(folder.absolute()),
-            "number": number,
-            "metrics": self.metrics,
-            "pruner": pruner_options(self.options),
+        pruner = {
+            "name": self.options.pruner,
+            "startup_trials": self.options.pruner_startup_trials,
+            "warmup_evaluations": self.options.pruner_warmup_evaluations,
         }
+        told = {"folder": str(folder.absolute()), "number": number}
+        told |= {"metrics": self.metrics, "pruner": pruner}
         return dataclasses.replace(planned, job=planned.job.of_trial(told))
 
     def ended(self, planned: Planned) -> None:
@@ -399,14 +400,6 @@ def _direction_of(metric: str, config: Mapping[str, Any]) -> str:
     return f"{mode}imize"
 
 
-def pruner_options(options: Search) -> dict[str, Any]:
-    return {
-        "name": options.pruner,
-        "startup_trials": options.pruner_startup_trials,
-        "warmup_evaluations": options.pruner_warmup_evaluations,
-    }
-
-
 def sampler_of(options: Search, trials: int) -> Any:
     """Return Optuna's sampler for the next trial.
 
@@ -423,7 +416,7 @@ def sampler_of(options: Search, trials: int) -> Any:
     return optuna.samplers.RandomSampler(seed=seed)  # a grid only enqueues, never asks
 
 
-def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
+def open_study(folder: Path, directions: Sequence[str]) -> Any:
     """Create or open the study in the sweep's folder. Raises UserError for other directions."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
