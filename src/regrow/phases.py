@@ -99,8 +99,6 @@ def phased(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-            if not _measuring:
-                return function(*args, **kwargs)
             with phase(name):
                 return function(*args, **kwargs)
 
