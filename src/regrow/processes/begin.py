@@ -28,7 +28,7 @@ from regrow.processes.signals import STOPPING, before_the_run
 from regrow.project import ROOT
 
 SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
-# Empty, so that torch installs no signal handlers: `ranks.forwarding` installs ours.
+# Empty, so that torch installs no signal handlers: `ranks.start` installs ours.
 KEEPS_HANDLERS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 # Prefixes of variables that one command hands to another, and whose children must not inherit.
 HANDED = ("REGROW_SWEEP", "REGROW_CONFIG_STORE")
