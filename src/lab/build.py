@@ -122,11 +122,11 @@ def build(config: Checked, world: World) -> BuiltObjects:
     if options.sync_batch_norm:
         model = synchronise_batch_norm(model, world.device)
     if options.channels_last:
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 5:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.ndim == 5:
                 raise UserError(
                     f"trainer.channels_last=true is for images, and {name} of the model, "
-                    f"{list(parameter.shape)}, is for volumes. Use trainer.channels_last=false."
+                    f"{list(tensor.shape)}, is for volumes. Use trainer.channels_last=false."
                 )
         model.to(memory_format=torch.channels_last)
 

@@ -729,7 +729,21 @@ class Volumes(nn.Module):
         return outputs
 
 
-def test_a_memory_format_of_images_for_a_model_of_volumes_is_one_line() -> None:
-    training.build(config_with(Volumes), CPU)
-    with pytest.raises(UserError, match=r"kernel.weight of the model, \[3, 1, 3, 3, 3\], .*=false"):
-        training.build(config_with(Volumes, "trainer.channels_last=true"), CPU)
+class Grid(Base):
+    """A model with a buffer for volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(1, 1, 2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [(Volumes, r"kernel.weight of the model, \[3, 1, 3, 3, 3\]"), (Grid, "grid of the model")],
+)
+def test_a_memory_format_of_images_for_a_model_of_volumes_is_one_line(
+    model: type[nn.Module], named: str
+) -> None:
+    training.build(config_with(model), CPU)
+    with pytest.raises(UserError, match=rf"{named}, .*=false"):
+        training.build(config_with(model, "trainer.channels_last=true"), CPU)
