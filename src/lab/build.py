@@ -313,11 +313,11 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     if smallest // (state.num_micro_batches * world.size) <= 1:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
-    odd = []
+    odd = untrained_of(objects.task)
     # A sharded forward pass involves all processes, some of which may have a single example.
     if world.mesh is None or min(world.gather(first.num_local)) > 1:
         with states_kept():
-            odd = model_checks.check_forward(
+            odd += model_checks.check_forward(
                 model,
                 averaged,
                 first,
@@ -330,6 +330,22 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     for line in odd if world.is_main else ():
         log.warning("%s", line)
     sharding.free(model)
+
+
+def untrained_of(task: Any) -> list[str]:
+    """Return a warning if the task or its loss has parameters: only the model's are trained."""
+    found = []
+    for name, value in {"task": task, **vars(task)}.items():
+        if isinstance(value, nn.Module):
+            found += [f"{name}.{of}" for of, each in value.named_parameters() if each.requires_grad]
+        elif isinstance(value, nn.Parameter) and value.requires_grad:
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"task: {', '.join(found[:5])} of the task or its loss is neither trained nor saved, as "
+        "only the model's parameters are. Move it to the model, or use requires_grad_(False)."
+    ]
 
 
 def first_batch(train: TrainBatches, sets: Mapping[str, EvalBatches]) -> Batch:
