@@ -190,7 +190,7 @@ def build(config: Checked, world: World) -> BuiltObjects:
         for each in several.by_name(model).values():
             each.compile()
     return BuiltObjects(
-        *(options, data, task, state, train, sets, total_steps, max(warmups), parameters, step)
+        options, data, task, state, train, sets, total_steps, max(warmups), parameters, step
     )
 
 
