@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from running import CPU, TINY, composed, config_of, launched
 
+from lab.tasks.losses import CrossEntropy
 from regrow.config import flags
 from regrow.config.job import Job, job_of
 from regrow.config.targets import instantiate
@@ -272,6 +273,16 @@ def test_a_check_refuses_a_micro_batch_that_a_start_refuses(
     with pytest.raises(UserError, match="a step's smallest micro-batch is one example"):
         preview.report(job(*given))
     assert reported(caplog, *given, "data.batch_size=10")
+
+
+@pytest.mark.parametrize("split", ["trainer.devices=2", "trainer.accumulation_steps=2"])
+def test_a_check_refuses_to_split_a_loss_that_does_not_sum(
+    split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CrossEntropy, "sums_over_examples", False, raising=False)
+    preview.report(job())
+    with pytest.raises(UserError, match="into 2 parts, and this loss is not a sum over examples"):
+        preview.report(job(split))
 
 
 @pytest.mark.parametrize(

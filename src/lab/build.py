@@ -25,7 +25,7 @@ from lab.options import TrainerOptions
 from lab.plan import LoopPlan, StepPlan, StepResult
 from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
-from lab.step import train_step
+from lab.step import refuse_split, train_step
 from lab.tasks.losses import BALANCED
 from regrow.config.targets import call_failed, instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
@@ -122,11 +122,11 @@ def build(config: Checked, world: World) -> BuiltObjects:
     if options.sync_batch_norm:
         model = synchronise_batch_norm(model, world.device)
     if options.channels_last:
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 5:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.ndim == 5:
                 raise UserError(
                     f"trainer.channels_last=true is for images, and {name} of the model, "
-                    f"{list(parameter.shape)}, is for volumes. Use trainer.channels_last=false."
+                    f"{list(tensor.shape)}, is for volumes. Use trainer.channels_last=false."
                 )
         model.to(memory_format=torch.channels_last)
 
@@ -143,20 +143,10 @@ def build(config: Checked, world: World) -> BuiltObjects:
     task.vocabulary = data.preprocessing.vocabulary  # says how many bytes a token has
     task.as_pixels = data.as_pixels  # for the report's images
     options = with_monitor(options, config, task, world.device, sets)
-    slices = options.accumulation_steps
-    if slices > 1 and not task.sums_over_examples:
-        raise UserError(
-            f"trainer.accumulation_steps={slices}: this loss is not a sum over examples, so the "
-            "batch cannot be split into micro-batches. Use trainer.accumulation_steps=1."
-        )
-
     step = instantiate(config["step"])
-    if world.size > 1 and not task.sums_over_examples and getattr(step, "func", step) is train_step:
-        raise UserError(
-            f"trainer.devices={world.size}: this loss is not a sum over examples, and each process "
-            "would compute it on its own share of the batch. Use trainer.devices=1, or a step that "
-            "gathers the rows: see docs/recipes/your_step.md."
-        )
+    # A step of one's own may gather the rows of all processes.
+    parts = world.size if is_train_step(step) else 1
+    refuse_split(task, parts * options.accumulation_steps)
 
     averaged = average_of(model) if options.ema_decay is not None else None
     activation_checkpointing.apply(model, options.activation_checkpointing)
@@ -184,7 +174,7 @@ def build(config: Checked, world: World) -> BuiltObjects:
         skips=torch.zeros(2, device=world.device),
         empty_steps=torch.zeros((), device=world.device),
         steps_per_epoch=train.steps_per_epoch,
-        accumulation_steps=slices,
+        accumulation_steps=options.accumulation_steps,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -200,8 +190,12 @@ def build(config: Checked, world: World) -> BuiltObjects:
         for each in several.by_name(model).values():
             each.compile()
     return BuiltObjects(
-        *(options, data, task, state, train, sets, total_steps, max(warmups), parameters, step)
+        options, data, task, state, train, sets, total_steps, max(warmups), parameters, step
     )
+
+
+def is_train_step(step: Callable[..., StepResult]) -> bool:
+    return getattr(step, "func", step) is train_step
 
 
 def optimizers_of(config: Checked, model: nn.Module) -> dict[str, Optimizer]:
@@ -297,6 +291,8 @@ def schedule_of(node: Checked, optimizer: Any, length: RunLength) -> Schedule:
 def check_first_batch(objects: BuiltObjects, world: World) -> None:
     """Raise UserError if model, task and data do not fit together. Leaves the run unchanged."""
     state, options = objects.state, objects.options
+    if is_train_step(objects.train_step):  # --check builds a run of one part, and splits it here
+        refuse_split(objects.task, world.size * state.num_micro_batches)
     model: nn.Module = several.by_name(state.model)[state.evaluates]
     averaged = state.evaluated if state.averaged is not None else None
     before = model_checks.described(model)
@@ -317,11 +313,11 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     if smallest // (state.num_micro_batches * world.size) <= 1:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
-    odd = []
+    odd = untrained_of(objects.task)
     # A sharded forward pass involves all processes, some of which may have a single example.
     if world.mesh is None or min(world.gather(first.num_local)) > 1:
         with states_kept():
-            odd = model_checks.check_forward(
+            odd += model_checks.check_forward(
                 model,
                 averaged,
                 first,
@@ -334,6 +330,22 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     for line in odd if world.is_main else ():
         log.warning("%s", line)
     sharding.free(model)
+
+
+def untrained_of(task: Any) -> list[str]:
+    """Return a warning if the task or its loss has parameters: only the model's are trained."""
+    found = []
+    for name, value in {"task": task, **vars(task)}.items():
+        if isinstance(value, nn.Module):
+            found += [f"{name}.{of}" for of, each in value.named_parameters() if each.requires_grad]
+        elif isinstance(value, nn.Parameter) and value.requires_grad:
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"task: {', '.join(found[:5])} of the task or its loss is neither trained nor saved, as "
+        "only the model's parameters are. Move it to the model, or use requires_grad_(False)."
+    ]
 
 
 def first_batch(train: TrainBatches, sets: Mapping[str, EvalBatches]) -> Batch:
@@ -364,7 +376,7 @@ def capture_of(
         reason = ""  # the user turned it off, so log nothing
     elif world.size > 1 or world.mesh is not None:
         reason = "several processes share them"
-    elif getattr(step, "func", step) is not train_step:
+    elif not is_train_step(step):
         reason = "step._target_ is not lab.step.train_step, the one that is known to allow it"
     elif options.detect_anomaly:
         reason = "trainer.detect_anomaly=true reads every operation's result"

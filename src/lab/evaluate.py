@@ -46,19 +46,17 @@ def evaluate(
     bar = name if plan.options.progress_bar and plan.world.is_main else None
     what = (state.evaluated, plan.task, batches, plan.world, plan.options.precision, draws)
     with optim.evaluating(state.optimizer, state.model), states_kept():
-        try:
-            measured = None
-            while measured is None:  # a second time if captured steps held the memory
-                try:
-                    measured = measure_split(*what, stop=plan.stop, bar=bar, shows=False)
-                except RuntimeError as error:
-                    if not (is_out_of_memory(error) and plan.step.capture.release()):
-                        way_out = "Use a smaller data.eval_batch_size."
-                        say_if_out_of_memory(error, "an evaluation", way_out)
-                        raise
-        finally:
-            state.model.train()
-    values, details = measured
+        while True:  # a second time if captured steps held the memory
+            try:
+                values, details = measure_split(*what, stop=plan.stop, bar=bar, shows=False)
+                break
+            except RuntimeError as error:
+                if not (is_out_of_memory(error) and plan.step.capture.release()):
+                    way_out = "Use a smaller data.eval_batch_size."
+                    say_if_out_of_memory(error, "an evaluation", way_out)
+                    raise
+            finally:
+                state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
 
 

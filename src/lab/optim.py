@@ -23,6 +23,26 @@ from regrow.numerics.totals import Skipped, Totals, either_is_not_finite, number
 
 log = logging.getLogger(__name__)
 
+CLASS = "class"  # the key of the optimizer's class name in its part of a checkpoint
+
+# Keys of a parameter group that are settings rather than state, besides its class's arguments.
+SETTINGS = {
+    *("base_lr", "lr_scale", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps"),
+    *("alpha", "centered", "lr_decay", "momentum_decay", "ns_steps", "adjust_lr_fn"),
+    *("fused", "foreach", "capturable"),
+}
+# Settings that need another tensor per parameter in the state, unless they are zero or false.
+# SGD is not here: it creates a missing momentum itself.
+NEED_MOMENTS: Mapping[str, type[Optimizer]] = {
+    "momentum": torch.optim.RMSprop,
+    "centered": torch.optim.RMSprop,
+    "amsgrad": torch.optim.Adam,  # and AdamW
+}
+# The optimizers whose fused kernels accept sharded parameters.
+_FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
+# Those whose fused kernels take `found_inf`, and change neither weights nor moments where it is 1.
+_SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
 
 def parameter_groups(
     model: nn.Module, *, lr_scale: Mapping[str, float] | None, decay_norms_and_biases: bool
@@ -234,33 +254,10 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
     return {"lr": found.get(1.0, found[first]), **scaled}
 
 
-CLASS = "class"  # the key of the optimizer's class name in its part of a checkpoint
-
-# Keys of a parameter group that are settings rather than state, besides its class's arguments.
-SETTINGS = {
-    *("base_lr", "lr_scale", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps"),
-    *("alpha", "centered", "lr_decay", "momentum_decay", "ns_steps", "adjust_lr_fn"),
-    *("fused", "foreach", "capturable"),
-}
-# Settings that need another tensor per parameter in the state, unless they are zero or false.
-# SGD is not here: it creates a missing momentum itself.
-NEED_MOMENTS: Mapping[str, type[Optimizer]] = {
-    "momentum": torch.optim.RMSprop,
-    "centered": torch.optim.RMSprop,
-    "amsgrad": torch.optim.Adam,  # and AdamW
-}
-
-
 @dataclass(frozen=True)
 class Clipping:
     norm: float | None
     value: float | None
-
-
-# Other optimizers' fused kernels do not accept sharded parameters.
-_FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
-# Their fused kernels take `found_inf` and leave weights and moments unchanged where it is 1.
-_SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @contextlib.contextmanager

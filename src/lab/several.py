@@ -74,9 +74,10 @@ def check(config: Checked) -> None:
                 "with a _target_ for all."
             )
     if models != [""]:
-        evaluated = config["task"].get("evaluates")
-        if evaluated not in models:
+        task = config["task"]
+        if task.get("evaluates") not in models:
+            see = " The shipped tasks lack this key: see docs/recipes/several_models.md."
             raise UserError(
-                f"task.evaluates={evaluated} must name the model that is evaluated and kept: "
-                f"{' or '.join(models)}."
+                f"task.evaluates={task.get('evaluates')} must name the model that is evaluated and "
+                f"kept: {' or '.join(models)}.{see * ('evaluates' not in task)}"
             )

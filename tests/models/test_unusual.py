@@ -700,6 +700,29 @@ def test_other_failures_of_a_forward_pass_stay_as_they_are() -> None:
         call(nn.Embedding(3, 2), torch.tensor([7]))
 
 
+class Margin(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self, trains: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=trains)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.scale * outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_parameter_of_the_loss_is_named_unless_it_is_frozen(
+    trains: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(*TINY)
+    config["loss"] = {"_target_": f"{__name__}.Margin", "trains": trains}
+    allow(config)
+    check_first_batch(training.build(config, CPU), CPU)
+    said = [line for line in caplog.messages if "is neither trained nor saved" in line]
+    assert len(said) == trains and all("loss_fn.scale of the task" in line for line in said)
+
+
 def test_a_run_on_integers_in_memory_ends_before_it_starts_and_the_advice_helps() -> None:
     def checked(*overrides: str) -> None:
         config = config_of(*TINY, "data.normalize=none", *overrides)
@@ -729,7 +752,21 @@ class Volumes(nn.Module):
         return outputs
 
 
-def test_a_memory_format_of_images_for_a_model_of_volumes_is_one_line() -> None:
-    training.build(config_with(Volumes), CPU)
-    with pytest.raises(UserError, match=r"kernel.weight of the model, \[3, 1, 3, 3, 3\], .*=false"):
-        training.build(config_with(Volumes, "trainer.channels_last=true"), CPU)
+class Grid(Base):
+    """A model with a buffer for volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(1, 1, 2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [(Volumes, r"kernel.weight of the model, \[3, 1, 3, 3, 3\]"), (Grid, "grid of the model")],
+)
+def test_a_memory_format_of_images_for_a_model_of_volumes_is_one_line(
+    model: type[nn.Module], named: str
+) -> None:
+    training.build(config_with(model), CPU)
+    with pytest.raises(UserError, match=rf"{named}, .*=false"):
+        training.build(config_with(model, "trainer.channels_last=true"), CPU)

@@ -41,11 +41,30 @@ class MeanOfBatches(Metric):
         self.add_state("updates", torch.zeros(()), "sum")
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        self.total += (outputs.argmax(1) == targets).double().mean() ** 2
+        self.total += (outputs.argmax(1) == targets).double().mean()
         self.updates += 1
 
     def compute(self) -> Tensor:
         return self.total / self.updates
+
+
+class OfEachProcess(Metric):
+    """A wrong metric: its sums have no dist_reduce_fx, so processes keep their own."""
+
+    right: Tensor
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", torch.zeros(()))
+        self.add_state("seen", torch.zeros(()))
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.right += (outputs.argmax(1) == targets).sum()
+        self.seen += len(targets)
+
+    def compute(self) -> Tensor:
+        return self.right / self.seen
 
 
 class MeanOfProcesses(MeanOfBatches):
@@ -63,7 +82,7 @@ with warnings.catch_warnings():
 EXTRA: dict[str, dict[str, Metric]] = {
     "multiclass": {
         "kappa": torchmetrics.CohenKappa(**CLASSES),
-        "mcc": torchmetrics.MatthewsCorrCoef(**CLASSES),
+        "mcc": torchmetrics.MatthewsCorrCoef(**CLASSES, sync_on_compute=False),
         "calibration": torchmetrics.CalibrationError(**CLASSES),
         "precision_curve": torchmetrics.AveragePrecision(**CLASSES),
     },
@@ -192,6 +211,7 @@ def test_a_metric_that_could_not_be_exact_is_refused_at_once(
     ("metric", "message"),
     [
         (MeanOfBatches(), "depends on how the examples are grouped"),
+        (OfEachProcess(), "another value if processes share a batch. Give each add_state"),
         (
             torchmetrics.CohenKappa("multiclass", num_classes=2),
             r"does not take .* outputs \(float64",
@@ -206,7 +226,7 @@ def test_a_metric_that_does_not_fit_is_refused_with_the_first_batch(
 ) -> None:
     recipe, outputs, targets = KINDS["multiclass"]
     with pytest.raises(UserError, match=rf"^task.extra_metrics.mine: .*{message}"):
-        Metrics(recipe, CPU, {"mine": metric}).rehearse(outputs, targets)
+        Metrics(recipe, CPU, {"mine": metric}).rehearse(outputs[:60], targets[:60])
 
 
 class OneStatePerRow(Metric):

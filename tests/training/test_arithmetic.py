@@ -7,6 +7,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -568,12 +569,15 @@ def test_a_loss_that_does_not_sum_over_examples_is_not_split(
 ) -> None:
     whole = (*TINY, "trainer.strategy=ddp")
     monkeypatch.setattr(losses.CrossEntropy, "sums_over_examples", False, raising=False)
-    with pytest.raises(UserError, match=r"accumulation_steps=2: this loss is not a sum"):
+    with pytest.raises(UserError, match=r"split into 2 parts, and this loss is not a sum"):
         training.build(config_of(*whole, "trainer.accumulation_steps=2"), CPU)
     two = World(device=CPU.device, size=2)
-    with pytest.raises(UserError, match=r"devices=2: this loss is not a sum"):
+    with pytest.raises(UserError, match=r"split into 2 parts, and this loss is not a sum"):
         training.build(config_of(*whole), two)
     training.build(config_of(*whole), CPU)
     thaw = ("step._target_=lab.examples.thaw.step.thaw_step", "+step.frozen=[]")
     own = config_of(*whole, *thaw, "+step.until_step=0")
-    training.build(own, two)  # a step of one's own may gather the rows
+    objects = training.build(own, two)  # a step of one's own may gather the rows
+    plan: Any = SimpleNamespace(task=objects.task, world=two)
+    with pytest.raises(UserError, match=r"split into 2 parts, and this loss is not a sum"):
+        step.forward(next(iter(objects.train.epoch(0))), plan)  # or compute each share's own loss

@@ -230,15 +230,23 @@ def returned(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
     shape, num_examples = output.values.shape, outputs.shape[0]
     if attribute(loss, "sums_over_examples", True) and shape[:1] != (num_examples,):
         raise UserError(
-            f"loss returned values of shape {tuple(shape)} for {num_examples} examples. Return one "
-            "value per example (reduction='none'), or set sums_over_examples=False on the loss."
+            f"{_named(loss)}: it returned values of shape {tuple(shape)} for {num_examples} "
+            "examples. Return one value per example (reduction='none'), or set "
+            "sums_over_examples=False on the loss."
         )
     for name, tensor in {"weights": output.weights, **output.components}.items():
         if tensor is not None and tensor.shape != shape:
             raise UserError(
-                f"loss returned {name} of shape {tuple(tensor.shape)} and values of shape "
-                f"{tuple(shape)}. Make the shapes equal."
+                f"{_named(loss)}: it returned {name} of shape {tuple(tensor.shape)} and values of "
+                f"shape {tuple(shape)}. Make the shapes equal."
             )
+
+
+def _named(loss: Loss) -> str:
+    """Return the loss with its target, by which the error's place in the config is found."""
+    made = getattr(loss, "func", loss)
+    made = made if hasattr(made, "__qualname__") else type(made)
+    return f"loss ({made.__module__}.{made.__qualname__})"
 
 
 def _per_example(outputs: Tensor, targets: Tensor) -> str:

@@ -224,7 +224,7 @@ class Exchange:
         if name in self._sent:
             raise RuntimeError(
                 f"this step has sent its sums{f' of {name}' if name else ''} already. Give each "
-                "synchronised backward pass of a step its own name."
+                "synchronised backward pass its own name: dataclasses.replace(plan, name=…)."
             )
         total = functools.reduce(Totals.plus, parts)
         is_first = not self._sent

@@ -49,11 +49,14 @@ def check(metrics: Mapping[str, Any], taken: Collection[str]) -> None:
                 )
 
 
-def fresh(metric: Metric, device: torch.device) -> Metric:
-    """Return an empty copy on the device, with float64 instead of other floating-point sums."""
+def fresh(metric: Metric, device: torch.device, *, syncs: bool = True) -> Metric:
+    """Return an empty copy on the device, with float64 instead of other floating-point sums.
+
+    Its `compute` gathers the states of all processes, unless `syncs` is false.
+    """
     copied = metric.clone()
     copied.reset()
-    copied.sync_on_compute = True
+    copied._to_sync = syncs  # what `compute` reads; sync_on_compute sets it in __init__ alone
     states = copied.metric_state.values()
     if any(isinstance(state, Tensor) and state.is_floating_point() for state in states):
         copied.set_dtype(torch.float64)
@@ -92,12 +95,15 @@ def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) ->
 
     `outputs` and `targets` are rows as the metric is updated with. Needs no other process.
     """
+    cut = max(1, len(outputs) // 3)  # the mean of two equal parts would be that of the batch
+    pairs = [(outputs[:cut], targets[:cut]), (outputs[cut:], targets[cut:])]
+    parts = [it for it in pairs if len(it[0])]
     for name, metric in metrics.items():
-        kind, half = type(metric).__name__, len(outputs) // 2
+        kind = type(metric).__name__
         try:
-            whole = _value(name, metric, [(outputs, targets)])
-            halves = [(outputs[:half], targets[:half]), (outputs[half:], targets[half:])]
-            parts = _value(name, metric, [it for it in halves if len(it[0])])
+            whole = _value(name, _fed(metric, [(outputs, targets)]))
+            updates = _value(name, _fed(metric, parts))
+            shares = _computed(_gathered([_fed(metric, [part]) for part in parts]))
         except UserError:
             raise
         except Exception as error:  # torchmetrics raises errors of many classes
@@ -110,11 +116,20 @@ def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) ->
                 f"{KEY}.{name}: {kind} keeps states whose shapes depend on its rows, so processes "
                 "without rows could not join the others. Use another metric."
             )
-        if not math.isclose(whole, parts, rel_tol=1e-4, abs_tol=1e-6) and whole == whole:
+        if not _alike(whole, updates):
             raise UserError(
-                f"{KEY}.{name}: {kind} gives {whole:g} for a batch and {parts:g} for its halves "
+                f"{KEY}.{name}: {kind} gives {whole:g} for a batch and {updates:g} for its parts "
                 "together, so it depends on how the examples are grouped. Use another metric."
             )
+        if not _is_number(shares) or not _alike(whole, float(shares)):
+            raise UserError(
+                f"{KEY}.{name}: {kind} gives another value if processes share a batch. Give each "
+                "add_state in its __init__ a dist_reduce_fx, such as sum, or use another metric."
+            )
+
+
+def _alike(one: float, other: float) -> bool:
+    return math.isnan(one) or math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def _forms(metric: Metric, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
@@ -135,15 +150,44 @@ def _forms(metric: Metric, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
     return forms
 
 
-def _value(name: str, metric: Metric, batches: list[tuple[Tensor, Tensor]]) -> float:
-    copied = fresh(metric, batches[0][0].device)
-    copied.sync_on_compute = False
+def _fed(metric: Metric, batches: list[tuple[Tensor, Tensor]]) -> Metric:
+    """Return a copy that has been updated with the batches, and gathers nothing."""
+    copied = fresh(metric, batches[0][0].device, syncs=False)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # a batch may lack a class
         for outputs, targets in batches:
             copied.update(outputs, targets)
-        value = copied.compute()
-    if not isinstance(value, Tensor | float) or (isinstance(value, Tensor) and value.numel() != 1):
+    return copied
+
+
+def _gathered(shares: list[Metric]) -> Metric:
+    """Return the first one, with the states of all, as torchmetrics gathers those of processes."""
+    first = shares[0]
+    reductions: Mapping[str, Any] = first._reductions
+    for name, reduction in reductions.items():
+        states: list[Any] = [share.metric_state[name] for share in shares]
+        if isinstance(states[0], list):
+            joined: Any = [part for state in states for part in state]
+        else:
+            joined = torch.stack(states)
+            joined = joined if reduction is None else reduction(joined)
+        setattr(first, name, joined)
+    return first
+
+
+def _computed(metric: Metric) -> Any:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return metric.compute()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _value(name: str, metric: Metric) -> float:
+    value = _computed(metric)
+    if not _is_number(value):
         given = f"{value.numel()} numbers" if isinstance(value, Tensor) else type(value).__name__
         raise UserError(
             f"{KEY}.{name}: {type(metric).__name__} gives {given}, and a metric is one number. "
