@@ -262,6 +262,19 @@ def test_make_keeps_the_interpreter_of_a_venv_unless_another_is_named(tmp_path: 
     assert "no Python >= 3.11 found (PYTHON=/none/python3); install one" in missing.stderr
 
 
+def test_uv_makes_an_environment_with_pip(
+    set_up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Debian, whose python3 has no ensurepip. `make extras` calls pip."""
+    (tmp_path / ".venv").mkdir()
+    set_up_in(tmp_path / ".venv", set_up, monkeypatch)
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(set_up, "call", lambda *command, **_: calls.append(command) or True)
+    monkeypatch.setattr(set_up.importlib.util, "find_spec", lambda name: None)
+    set_up.create("uv", None)
+    assert calls[0][:2] == ("uv", "venv") and "--seed" in calls[0]
+
+
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     wheels = str(folder.parent / "wheels")
     # No network, and only pip: uv may be missing.
