@@ -62,7 +62,7 @@ bench-gpu: ## measure on a GPU and write docs/gpu.md; ARGS=--help lists the part
 		PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m benchmarks.gpu $(ARGS)
 
 # The tools are installed again where the lock has changed.
-build/site-tools/complete: docs/site/requirements.lock
+build/site-tools/complete: docs/site/requirements.lock | setup
 	@rm -rf build/site-tools
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target build/site-tools -r $<
 	@touch $@
