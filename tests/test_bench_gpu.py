@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -93,3 +94,43 @@ def test_the_other_parts_run(part: str, stored: set[str], tmp_path: Path) -> Non
     found = json.loads((tmp_path / f"{part}.json").read_text())
     assert found.keys() == stored
     assert all(min(its) > 0 for one in found.values() for its in one["table"]["seconds"].values())
+
+
+def compared_in(case: Any, per_epoch: int) -> list[int]:
+    """Return how many timed steps of train.py are compared with uncaptured ones, by round."""
+    from regrow.numerics.capture import WARM_UP, Recording
+
+    found, state = [], 0
+    for _ in range(1 + case.rounds):  # each captures anew
+        recording, count = None, 0
+        for number in range(case.before + case.steps):
+            epoch = (state + number) // per_epoch
+            if recording is not None:
+                count += recording.count_replay(epoch) and number >= case.before
+            elif number == WARM_UP:
+                recording = Recording({}, epoch)
+        found.append(count)
+        state += case.before + case.steps
+    return found
+
+
+def test_no_timed_step_of_images_is_compared_or_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.configured import config_of
+    from benchmarks.gpu import loops, parts
+
+    cases: list[Any] = []
+    monkeypatch.setattr(loops, "measure", lambda case, device: cases.append(case) or {})
+    setting = parts.Setting(torch.device("cpu"), False, None)
+    for part in (parts.step, parts.resnet50):
+        for name, run in part(setting):
+            if name in ("mlp", "resnet18", "resnet50"):
+                run()
+    digits, *images = cases
+    assert compared_in(digits, 1258 // 64) == [1] * 6  # as its note says
+    for case in images:
+        config = config_of(*case.overrides)
+        per_epoch = config["data"]["source"]["num_train"] // case.batch
+        assert compared_in(case, per_epoch) == [0] * (1 + case.rounds)
+        assert config["trainer"]["checkpoint"]["save_every_steps"] is None
+    fewer = dataclasses.replace(images[1], before=18)
+    assert compared_in(fewer, 8) == [0, 0, 0, 1]  # the control
