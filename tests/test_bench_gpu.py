@@ -145,7 +145,7 @@ def compared_in(case: Any, per_epoch: int) -> list[int]:
     from regrow.numerics.capture import WARM_UP, Recording
 
     found, state = [], 0
-    for _ in range(1 + case.rounds):  # each captures anew
+    for _ in range(1 + case.rounds):  # each captures again
         recording, count = None, 0
         for number in range(case.before + case.steps):
             epoch = (state + number) // per_epoch
