@@ -15,12 +15,12 @@ help: ## print this list
 # installs the version ranges of requirements.txt instead of the lock file: for CPU wheels, or a mirror that builds
 # its own files. Later set-ups of the same .venv keep this choice until LOCK=yes.
 setup: ## build or update .venv
-	@for python in $(PYTHON) $(PY) python3 python3.13 python3.12 python3.11 python; do \
+	@for python in $(if $(PYTHON),"$(PYTHON)",$(PY) python3 python3.13 python3.12 python3.11 python); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 			exec "$$python" scripts/set_up.py $(if $(filter command,$(origin LOCK)),lock=$(LOCK)); \
 		fi; \
 	done; \
-	echo 'set-up: no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3 …' >&2; \
+	echo 'set-up: no Python >= 3.11 found$(if $(PYTHON), (PYTHON=$(PYTHON))); install one, or name it: make PYTHON=/path/to/python3 …' >&2; \
 	exit 1
 
 train: setup ## train: make train ARGS="optimizer=adamw scheduler=cosine"
@@ -62,7 +62,7 @@ bench-gpu: ## measure on a GPU and write docs/gpu.md; ARGS=--help lists the part
 		PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m benchmarks.gpu $(ARGS)
 
 # The tools are installed again where the lock has changed.
-build/site-tools/complete: docs/site/requirements.lock
+build/site-tools/complete: docs/site/requirements.lock | setup
 	@rm -rf build/site-tools
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target build/site-tools -r $<
 	@touch $@

@@ -33,6 +33,7 @@ from benchmarks import (
 )
 from benchmarks.growth import Growth
 from benchmarks.measure import Table
+from regrow.processes import terminal
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,7 +84,7 @@ def main(names: list[str]) -> None:
             print(table.text(), flush=True)
             sections.append(table.text())
     if not names:
-        (HERE / "RESULTS.md").write_text("\n".join([head(), *sections]))
+        (HERE / "RESULTS.md").write_text("\n".join([head(), *sections]), encoding="utf-8")
         picture.main()
 
 
@@ -122,4 +123,6 @@ def engines() -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    terminal.show()
+    with terminal.may_be_unread():
+        main(sys.argv[1:])

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 SHOWN = ("A training step of the default MLP", "A training step of a small MLP")
 TABLE = re.compile(r"^## (?P<title>[^\n]+)\n.*?\| over (?P<reference>[^|]+) \|.*?\n\n", re.M | re.S)
 ROW = re.compile(
-    r"^\| (?P<name>[^|]+) \| [\d.]+ \| [\d.]+ \| (?P<ratio>[\d.]+) "
+    r"^\| (?P<name>[^|]+) \| [^|]+ \| [^|]+ \| (?P<ratio>[\d.]+) "
     r"\| (?P<least>[\d.]+) to (?P<most>[\d.]+) \|$",
     re.M,
 )
@@ -90,7 +90,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def main() -> None:
-    text = (HERE / "RESULTS.md").read_text()
+    text = (HERE / "RESULTS.md").read_text(encoding="utf-8")
     draw(text, HERE / "results.svg")
     for table in GROWTH.finditer(text):
         draw_growth(table, HERE / table["file"])

@@ -49,12 +49,12 @@ main()
 
 
 def measure() -> list[Table]:
-    return [measure_start(), measure_first_step()]
+    with tempfile.TemporaryDirectory() as folder:
+        return [measure_start(Path(folder)), measure_first_step(Path(folder))]
 
 
-def measure_first_step() -> Table:
+def measure_first_step(folder: Path) -> Table:
     """Measure the time from the command to the end of the first optimizer step."""
-    folder = Path(tempfile.mkdtemp())
     script = folder / "by_hand.py"
     script.write_text(BY_HAND.format(conf=str(ROOT / "conf")))
 
@@ -101,8 +101,7 @@ def measure_first_step() -> Table:
     )
 
 
-def measure_start() -> Table:
-    folder = Path(tempfile.mkdtemp())
+def measure_start(folder: Path) -> Table:
     empty = folder / "empty.py"
     empty.write_text(EMPTY.format(conf=str(ROOT / "conf")))
     train = ROOT / "scripts" / "train.py"

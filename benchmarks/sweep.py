@@ -21,7 +21,11 @@ JOB = ("trainer.max_epochs=25", "trainer.num_threads=1", "trainer.device=cpu")
 
 
 def measure() -> Table:
-    folder = Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_in(Path(folder))
+
+
+def measure_in(folder: Path) -> Table:
     trained: list[float] = []
 
     def call(*arguments: str) -> None:

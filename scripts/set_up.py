@@ -288,7 +288,8 @@ def create(uv: str | None, lock: int | None) -> None:
     if importlib.util.find_spec("ensurepip"):
         made = call(base, "-m", "venv", VENV, lock=lock, step=STEPS[0])
     elif uv:
-        empty = (uv, "venv", "-q", "--allow-existing", "--python", base, VENV)
+        # With pip, which `make extras` calls.
+        empty = (uv, "venv", "-q", "--seed", "--allow-existing", "--python", base, VENV)
         made = call(*empty, lock=lock, step=STEPS[0])
     else:
         sys.exit(f"set-up: {base} cannot make environments; install its venv module, or uv")

@@ -362,12 +362,12 @@ def put_in_place(changes: Changes, folder: Path) -> None:
 
 
 def changes_since(version: str, checkout: Path) -> list[str]:
-    """Return the sections of the CHANGELOG above that of `version`."""
+    """Return the sections of the CHANGELOG above that of `version`, but for empty ones."""
     path = checkout / "CHANGELOG.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     sections = re.split(r"(?m)^(?=## )", text)[1:]
     count = next((i for i, it in enumerate(sections) if it.startswith(f"## [{version}]")), 0)
-    return [section.strip() for section in sections[:count]]
+    return [text for section in sections[:count] if "\n" in (text := section.strip())]
 
 
 def main(arguments: Sequence[str]) -> int:

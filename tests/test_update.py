@@ -149,6 +149,7 @@ def test_an_update_keeps_every_edit_and_stages_the_rest(project: Path, template:
         rf"Regrow {re.escape(__version__)} \(\w{{10}}\) → Regrow 9\.0\.0 \(\w{{10}}\)", done.stdout
     )
     assert "conf/model/mlp.yaml" in done.stdout and "- News." in done.stdout
+    assert "Unreleased" not in done.stdout  # it is empty
     assert f"[{__version__}]" not in done.stdout  # no news
     staged = git(project, "status", "--porcelain").splitlines()
     assert [line for line in staged if line[1] != " "] == [UNTRACKED.strip()]

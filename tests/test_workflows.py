@@ -144,6 +144,14 @@ def test_a_workflow_calls_targets_that_the_makefile_has() -> None:
     assert {"site", "test-nightly", "lock", "workflows"} <= called <= targets
 
 
+def test_each_hydra_of_the_matrix_is_installed_after_all_packages_that_make_installs() -> None:
+    jobs = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    runs = [step.get("run", "") for step in jobs["check"]["steps"]]
+    (hydra,) = [index for index, run in enumerate(runs) if "$HYDRA" in run]
+    assert "make extras" in runs[:hydra]
+    assert not {"make extras", "make setup"} & {*runs[hydra:]}
+
+
 def test_contributing_names_the_commands_that_need_no_set_up() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

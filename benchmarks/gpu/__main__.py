@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.gpu import page
 from benchmarks.gpu.parts import PARTS, ROOT, Setting
+from regrow.processes import terminal
 
 HELP = f"""python -m benchmarks.gpu [PART …] [KEY=VALUE …]
 Parts, in order of value, each at most four minutes on one H100: {", ".join(PARTS)}. Default: all.
@@ -32,6 +33,9 @@ def main(*arguments: str) -> int:
     if unknown := [*(given.keys() - known.keys()), *(n for n in names if n not in PARTS)]:
         sys.exit(f"benchmarks: there is no {unknown[0]}\n{HELP}")
     known |= given
+    for key, values in {"device": ("cuda", "cpu"), "size": ("full", "tiny")}.items():
+        if known[key] not in values:
+            sys.exit(f"benchmarks: {key}={known[key]} must be {' or '.join(values)}")
     if known["device"] == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks: there is no GPU here. device=cpu size=tiny tries the code.")
     setting = Setting(torch.device(known["device"]), known["size"] == "tiny", known["data"] or None)
@@ -39,11 +43,17 @@ def main(*arguments: str) -> int:
     tell_of_capture()
     torch.set_num_threads(1)  # of the host, as in train.py here
     failed = False
+
+    def write() -> None:
+        if known["page"]:
+            page.write(ROOT / known["page"], folder, list(PARTS))
+
     for part in names:
         for name, run in PARTS[part](setting):
             stored = page.load(folder, part)
             if name in stored and not stored[name].get("failed"):
                 print(f"{part}: {name} is there", flush=True)
+                write()
                 continue
             started = time.perf_counter()
             print(f"{part}: {name} …", flush=True)
@@ -57,8 +67,7 @@ def main(*arguments: str) -> int:
             page.store(
                 folder, part, name, {**result, **page.machine(setting.device, known["commit"])}
             )
-            if known["page"]:
-                page.write(ROOT / known["page"], folder, list(PARTS))
+            write()
             failed |= bool(result.get("failed"))
             print(f"{part}: {name} took {seconds:.0f} s\n{page.text(name, result)}", flush=True)
     return int(failed)
@@ -74,4 +83,6 @@ def tell_of_capture() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    terminal.show()
+    with terminal.may_be_unread():
+        sys.exit(main(*sys.argv[1:]))

@@ -43,7 +43,7 @@ class Case:
     batch: int
     steps: int  # of a round
     rounds: int
-    before: int  # untimed steps; captured ones are compared with others until then
+    before: int  # untimed steps; with whole epochs a round, captured ones are compared in these
     candidates: tuple[str, ...]
     note: str = ""
 

@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu import loops
 from benchmarks.measure import Table
 from regrow.numerics.flops import peak_of_card
+from regrow.record.records import read_json, write_text
 
 KEPT = "## Checks"  # from here on, the page is written by hand
 HEAD = """# On GPUs
@@ -48,14 +49,13 @@ def said(*command: str) -> str:
 
 def load(folder: Path, part: str) -> dict[str, Any]:
     path = folder / f"{part}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    return read_json(path) if path.exists() else {}
 
 
 def store(folder: Path, part: str, name: str, result: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**load(folder, part), name: result}, indent=1)
-    (folder / f"{part}.json").write_text(content + "\n")
+    write_text(folder / f"{part}.json", content + "\n")  # whole, also where a lease ends
 
 
 def write(path: Path, folder: Path, parts: Sequence[str]) -> None:
@@ -66,8 +66,9 @@ def write(path: Path, folder: Path, parts: Sequence[str]) -> None:
         lines.append(f"Not measured: {', '.join(missing)}.\n")
     for rows in results.values():
         lines += [f"{text(name, row)}\n{where(row)}\n" for name, row in rows.items()]
-    _, mark, kept = path.read_text().partition(KEPT) if path.exists() else ("", "", "")
-    path.write_text("\n".join(lines) + ("\n" + mark + kept if mark else ""))
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, mark, kept = before.partition(KEPT)
+    write_text(path, "\n".join(lines) + ("\n" + mark + kept if mark else ""))
 
 
 def where(row: dict[str, str]) -> str:

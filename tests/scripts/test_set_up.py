@@ -247,12 +247,32 @@ def test_make_keeps_the_interpreter_of_a_venv_unless_another_is_named(tmp_path: 
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "set_up.py").write_text("import sys; print(sys.executable)")
-    for name in ("other", ".venv/bin/python"):
+
+    def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "-s", "setup", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    for name in ("an other", ".venv/bin/python"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(sys.executable)
-        arguments = ["make", "-s", "setup", *([f"PYTHON={tmp_path / name}"] * (name == "other"))]
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+        done = make(*([f"PYTHON={tmp_path / name}"] * (name == "an other")))
         assert done.stdout.strip() == str(tmp_path / name), done.stderr
+    missing = make("PYTHON=/none/python3")
+    assert missing.returncode and not missing.stdout
+    assert "no Python >= 3.11 found (PYTHON=/none/python3); install one" in missing.stderr
+
+
+def test_uv_makes_an_environment_with_pip(
+    set_up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Debian, whose python3 has no ensurepip. `make extras` calls pip."""
+    (tmp_path / ".venv").mkdir()
+    set_up_in(tmp_path / ".venv", set_up, monkeypatch)
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(set_up, "call", lambda *command, **_: calls.append(command) or True)
+    monkeypatch.setattr(set_up.importlib.util, "find_spec", lambda name: None)
+    set_up.create("uv", None)
+    assert calls[0][:2] == ("uv", "venv") and "--seed" in calls[0]
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
