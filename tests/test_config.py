@@ -82,6 +82,7 @@ BAD = {
     "hydra.job.env_set.A=1": "a name of your own needs a plus there: +hydra.job.env_set.A=1",
     "hydra/job_logging=null": "it takes the name of an option. Leave hydra/job_logging out",
     "param_groups=[1]": "param_groups=[1]: a list and a mapping cannot take each other's place.",
+    "logger=[csv,nope]": "logger=nope: there is no such option.",
     "logger=none": "logger=none: there is no such option. For none beside metrics.jsonl",
     "optimizer.lr=${oc.env:NOPE}": "optimizer.lr: NOPE is not set. Set it, or give a default:",
     "+model@net=cnn": "a group has one place here. Write model=cnn without @. Keys of your own",
@@ -190,6 +191,7 @@ BAD = {
     "data.source.delimiter=;": "needs quotes",
     "optimizer.lr=${oc.decode:${oc.env:NOPE,0.1}}": "needs quotes: 'optimizer.lr=\"${oc.decode:${",
     "data.class_names=[a;b,Kuh,3]": "needs quotes: 'data.class_names=[\"a;b\",Kuh,3]'",
+    "sweep=list sweep.sets=[[seed=1,tags=3]]": '\'sweep.sets=[["seed=1","tags=3"]]\'',
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
     "trainer.strategy=dpp": "trainer.strategy=dpp must be one of ddp, fsdp",
@@ -297,6 +299,7 @@ NEXT = {
     "data.source.delimiter=;": "the chosen data has no such key",
     "+model.patch_size=3": "Write it without +",
     "-m hydra/sweeper=optuna": "sweep keys only apply to sweeps",
+    "sweep=list sweep.sets=[[seed=1,tags=3]]": "sweep keys only apply to sweeps",
     "trainer.fsdp.param_dtype=half": "small gradients vanish",  # fp16, one of three
 }
 OFFERS = (

@@ -218,8 +218,10 @@ def test_a_damaged_checkpoint_is_named_with_what_else_there_is(run: Path) -> Non
     assert "Choose another: " in message and "step_00000004" in message
     assert load_run(run, which="step_00000004").step == 4
     target.unlink()
-    with pytest.raises(UserError, match=r"step_00000012/model.pt is missing"):
+    (run / "checkpoints" / "step_00000008" / "model.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step_00000012/model.pt is missing") as caught:
         load_run(run, which="last")
+    assert "step_00000004" in str(caught.value) and "step_00000008" not in str(caught.value)
 
 
 def with_config(run: Path, text: str) -> None:

@@ -350,14 +350,16 @@ def test_a_check_refuses_what_slurm_would(
 
 
 def test_values_of_this_machine_and_of_a_primary_config_differ(tmp_path: Path) -> None:
-    def differences(name: str = "train") -> list[str]:
+    def differences(name: str = "train", *typed: str) -> list[str]:
         source = {**flags.DEFAULT, "name": name, "dir": str(tmp_path)}
-        return list(preview._differences(dataclasses.replace(plain, source=source, overrides=())))
+        asked = dataclasses.replace(plain, source=source, overrides=typed)
+        return list(preview._differences(asked))
 
     plain = job()
     mine = tmp_path / "mine.yaml"
     mine.write_text("defaults: [train, _self_]\ndata:\n  batch_size: 25\n", encoding="utf-8")
     assert differences() == ["differs from the defaults: nothing"]
+    assert differences("train", "~optimizer.lr")[1].split() == ["~optimizer.lr", "command", "line"]
     _, value = differences("mine")
     assert "data.batch_size=25 instead of" in value and value.endswith(f"{mine}:3")
     local = tmp_path / "local" / "default.yaml"

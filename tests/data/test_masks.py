@@ -402,8 +402,9 @@ def test_values_beyond_sixteen_bits_are_not_taken_for_the_nearest_class(
             (),
             "has no folder train/images, images",
         ),
-        (lambda root: None, ("source.mask_values=[0,1]",), "has 2 different values for data.num_"),
-        (lambda root: None, ("source.mask_values=[0,1,2,2,3]",), "has 4 different values"),
+        (lambda root: None, ("source.mask_values=[0,1]",), "must be 5 different values"),
+        (lambda root: None, ("source.mask_values=[0,1,2,2,3]",), "must be 5 different values"),
+        (lambda root: None, ("source.mask_values=[0,1,2,3,4,4]",), "must be 5 different values"),
         (lambda root: None, ("source.mask_values=[0,1,2,3,65536]",), "each an integer from 0 to"),
         (
             lambda root: [

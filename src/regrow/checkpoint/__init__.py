@@ -6,5 +6,5 @@ digest: weights_sha256
 sharded: Writers
 writer: CheckpointFacts, CheckpointOptions, CheckpointWriter, complete, DamagedCheckpoint,
     evaluated_part, evaluated_weights, fill, load, load_newest, MANIFEST, named, outline, Parts,
-    read, rotate
+    read, rotate, verify
 """

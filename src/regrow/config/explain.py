@@ -134,9 +134,11 @@ def _missing_file(error: Any) -> str:
     if where and parent and inner != group and places.is_group(inner):
         at = _entry(where[1], f"{inner}/{option}")
         return f"{at}: write `override /{inner}: {option}`, with a slash."
-    if where and not error.options:
+    is_typed = _is_typed(group, option)
+    if where and not error.options and not is_typed:
         return _missing_default(where[1], group, option)
-    options = [each for each in error.options or [] if not each.startswith("_")]
+    found = error.options or (places.options(group) if is_typed else [])
+    options = [each for each in found if not each.startswith("_")]
     if not options:
         return _missing_primary(error.missing_cfg_file)
     hint = leads.of_option(group, option) or did_you_mean(option, options)
@@ -230,13 +232,14 @@ def _is_interpolation(value: str) -> bool:
 
 
 def _with_quotes(value: str) -> str:
-    """Return a plain list with quotes around the items that need them; "" for any other value."""
-    found = re.fullmatch(r"\[([^\[\]{}()'\"]+)\]", value)
-    items = [item.strip() for item in found[1].split(",")] if found else []
-    if not items or not all(items):
-        return ""
-    shown = (item if read(f"x={item}") is not ... else quoted(item) for item in items)
-    return f"[{','.join(shown)}]"
+    """Return a list, or lists in a list, with quotes around the items that need them; or ""."""
+
+    def shown(found: re.Match[str]) -> str:
+        item = found[0].strip()
+        return item if not item or read(f"x={item}") is not ... else quoted(item)
+
+    is_list = re.fullmatch(r"\[[^{}()'\"]+\]", value)
+    return re.sub(r"[^\[\],]+", shown, value) if is_list else ""
 
 
 def _broken_line(override: str) -> str:
@@ -319,16 +322,19 @@ def _entries() -> Iterator[tuple[Path, Choice]]:
 
 def _chosen_at(group: str, option: str) -> str:
     """Return `file:line: ` of the entry that chooses an option; "" without one, or if typed."""
-    for argument in flags.split(sys.argv[1:])[1]:
-        key, _, value = argument.lstrip("+").partition("=")
-        if key == group and option in places.names_in(value):
-            return ""
+    if _is_typed(group, option):
+        return ""
     found = (
         f"{shown(path)}:{choice.line}: "
         for path, choice in _entries()
         if (choice.group, choice.option) == (group, option)
     )
     return next(found, "")
+
+
+def _is_typed(group: str, option: str) -> bool:
+    typed = (a.lstrip("+").partition("=") for a in flags.split(sys.argv[1:])[1])
+    return any(key == group and option in places.names_in(value) for key, _, value in typed)
 
 
 def _override_in_file(config: str, key: str) -> str:

@@ -235,9 +235,10 @@ def mask_folder(
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
     channels, size, side = check_size(input_shape, resize)
-    if mask_values is not None and len({*mask_values}) != num_classes:
+    counts = {len(mask_values), len({*mask_values})} if mask_values is not None else {num_classes}
+    if counts != {num_classes}:
         raise UserError(
-            f"data.source.mask_values has {len({*mask_values})} different values for "
+            f"data.source.mask_values={mask_values} must be {num_classes} different values, as "
             f"data.num_classes={num_classes}. Give the value of each class."
         )
     reading = Reading(extensions, tuple(leave_out), exif_orientation)

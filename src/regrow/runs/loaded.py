@@ -545,11 +545,17 @@ def _checkpoint(folder: Path, which: str) -> tuple[Path, writer.Parts, dict[str,
         except (writer.DamagedCheckpoint, OSError) as damage:
             if writer.named(folder, which) != path:
                 continue  # a newer one replaced it while it was read
-            others = [p.name for p in there if p.name != path.name]
+            others = [p.name for p in there if p.name != path.name and _is_whole(p)]
             raise UserError(
                 f"checkpoint={which}: {damage}. "
-                + (f"Choose another: {', '.join(others)}." if others else "There is no other.")
+                + (f"Choose another: {', '.join(others)}." if others else "No other is whole.")
             ) from None
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(writer.DamagedCheckpoint, OSError):
+        return bool(writer.verify(path))
+    return False
 
 
 def _shown(path: Path) -> str:

@@ -339,7 +339,10 @@ def _differences(job: Job) -> Iterator[str]:
     ]
     kept = ["~local", *(choice for choice in kept if not choice.startswith("hydra/"))]
     before = leaves(_values(composed(shipped, kept)[0]))
-    for key, value in leaves(_values(found.config)).items():
+    now = leaves(_values(found.config))
+    typed = {override.partition("=")[0] for override in job.overrides}
+    changed += [(f"~{key}", TYPED) for key in before if key not in now and f"~{key}" in typed]
+    for key, value in now.items():
         if key not in before or before[key] != value:
             old = f" instead of {_shown(before[key])}" if key in before else ""
             old = "" if "${" in old else old  # the default depends on other keys
