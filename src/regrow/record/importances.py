@@ -65,9 +65,9 @@ def of_table(comparison: Comparison, short: Mapping[str, str]) -> Importance:
 
 def _trials(comparison: Comparison) -> tuple[list[Row], list[str], list[float]]:
     """Return the finished runs, the keys of their parameters, and each run's value."""
-    done = [row for its in comparison.settings for row in its.rows]
+    done = comparison.counted
     keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
-    return done, keys, [row.value(comparison.metric) or 0.0 for row in done]
+    return done, keys, [comparison.values[row.job] for row in done]
 
 
 def _study(done: Sequence[Row], keys: Sequence[str], values: Sequence[float]) -> Study:
