@@ -323,21 +323,18 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
 
-    def write(cells: Sequence[Any]) -> None:
-        writer.writerow([harmless(cell) if isinstance(cell, str) else cell for cell in cells])
-
-    write(["job", "status", *swept, *metrics, "weights_sha256", "folder", "reason", "log"])
+    header = ["job", "status", *swept, *metrics, "weights_sha256", "folder", "reason", "log"]
+    writer.writerow(map(harmless, header))
     for row in rows:
         found = row.metrics()
         weights = row.run.summary.get("weights_sha256") if row.run and found else None
-        write(
-            [
-                *(row.job, row.state),
-                *(redact(str(row.swept.get(key, ""))) for key in swept),
-                *(found.get(name, "") for name in metrics),
-                *(weights or "", row.folder, row.reason or "", row.log or ""),
-            ]
-        )
+        cells = [
+            *(row.job, row.state),
+            *(redact(str(row.swept.get(key, ""))) for key in swept),
+            *(found.get(name, "") for name in metrics),
+            *(weights or "", row.folder, row.reason or "", row.log or ""),
+        ]
+        writer.writerow(map(harmless, cells))
     write_text(path, text.getvalue())
 
 

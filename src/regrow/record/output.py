@@ -10,30 +10,31 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 _unfinished: set[Path] = set()  # the temporary files of `whole_file` in this process
 # A spreadsheet evaluates a cell that begins with one of these. The last four are full-width.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
-def harmless(text: str) -> str:
-    """Return the text of a cell, with an apostrophe before it if a spreadsheet would evaluate it.
+def harmless(cell: T) -> T | str:
+    """Return a cell, with an apostrophe before text that a spreadsheet would evaluate.
 
     Use it for every table that may be opened in a spreadsheet. A negative number is unchanged.
     """
-    if not text.lstrip(" ").startswith(FORMULA_SIGNS):
-        return text
+    if not isinstance(cell, str) or not cell.lstrip(" ").startswith(FORMULA_SIGNS):
+        return cell
     try:
-        float(text)
+        float(cell)
     except ValueError:
-        return f"'{text}"
-    return text
+        return f"'{cell}"
+    return cell
 
 
 def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: bool) -> int:
@@ -46,8 +47,8 @@ def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: boo
     with _new_file(target, overwrite) as file:
         for row in rows:
             if count == 0:
-                csv.writer(file).writerow([harmless(key) for key in row])
-            csv.writer(file).writerow([harmless(value) for value in row.values()])
+                csv.writer(file).writerow(map(harmless, row))
+            csv.writer(file).writerow(map(harmless, row.values()))
             count += 1
     return count
 
