@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from regrow.record.comparison import REPEATS, Comparison, Row
@@ -47,20 +47,20 @@ def of_table(comparison: Comparison, short: Mapping[str, str]) -> Importance:
     done, keys, values = _trials(comparison)
     if len({*values}) < 2:
         return Importance({}, f"Not computed: {comparison.metric} does not vary.")
-    if len(done) < FEWEST_RUNS:
-        found = effects(comparison, short)
-        few = f"Optuna's importances need {FEWEST_RUNS} runs."
-        return Importance(found.shares, f"{found.note} {few}", found.rest)
     try:
-        shares = of_study(_study(done, keys, values), len(done))
+        if len(done) >= FEWEST_RUNS:
+            shares = of_study(_study(done, keys, values), len(done))
+            note = (
+                f"Share of the variance of {comparison.metric} that each parameter explains: "
+                f"Optuna's functional ANOVA over {len(done)} runs. It is rough below about a "
+                "hundred."
+            )
+            return Importance({short.get(key, key): share for key, share in shares.items()}, note)
+        why = f"Optuna's importances need {FEWEST_RUNS} runs."
     except Exception as error:  # an unsupported version of Optuna, say; the runs are done
-        found, why = effects(comparison, short), " ".join(str(error).split()) or repr(error)
-        return Importance(found.shares, f"{found.note} Optuna's failed: {why}", found.rest)
-    note = (
-        f"Share of the variance of {comparison.metric} that each parameter explains: Optuna's "
-        f"functional ANOVA over {len(done)} runs. It is rough below about a hundred."
-    )
-    return Importance({short.get(key, key): share for key, share in shares.items()}, note)
+        why = f"Optuna's failed: {' '.join(str(error).split()) or repr(error)}"
+    found = effects(comparison, short)
+    return replace(found, note=f"{found.note} {why}")
 
 
 def _trials(comparison: Comparison) -> tuple[list[Row], list[str], list[float]]:
