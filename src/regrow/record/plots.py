@@ -320,7 +320,7 @@ def figure_of(panels: Sequence[Panel], points: int = STATIC_POINTS) -> Figure | 
         if panel.ticks:
             steep = max(map(len, panel.ticks)) * len(panel.ticks) > 40
             style: dict[str, Any] = {"rotation": 30, "ha": "right"} if steep else {}
-            names = [_plain(it if len(it) <= 18 else f"{it[:17]}…") for it in panel.ticks]
+            names = [_plain(elided(it, 18)) for it in panel.ticks]
             axis.set_xticks(range(len(names)), names, **style)
         if panel.best is not None:
             axis.axvline(panel.best, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=0.9)
@@ -362,8 +362,7 @@ def _line(axis: Axes, line: Line, points: int, width: float, *, has_dots: bool) 
     # A single value, or one between two NaN, makes no line: it needs a dot.
     finite = [math.isfinite(value) for value in line.values]
     few = sum(finite) <= (30 if has_dots else 1)
-    named = line.group or line.name
-    label = _plain(named if len(named) <= 100 else f"{named[:99]}…")
+    label = _plain(elided(line.group or line.name, 100))
     faint: dict[str, Any] = {"alpha": 0.35, "linewidth": 0.8} if line.is_faint else {}
     label = f"_{label}" if line.is_faint else label  # _ hides it in the legend
     values = [v if good else math.nan for v, good in zip(line.values, finite, strict=True)]
@@ -386,6 +385,11 @@ def _line(axis: Axes, line: Line, points: int, width: float, *, has_dots: bool) 
             color=line.colour,
             label=f"{label}: not finite",
         )
+
+
+def elided(text: str, most: int) -> str:
+    """Return the text in at most `most` characters, with an ellipsis for the rest."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _plain(text: str) -> str:

@@ -237,10 +237,10 @@ def _write(
         "run": run,
         "tags": _tags(run),
         "header": ["metric", *run.sets],
-        "whole": [[_short(row[0]), *row[1:]] for row in whole],
+        "whole": [[plots.elided(row[0], LONGEST_NAME), *row[1:]] for row in whole],
         "lacks_metrics": lacks_metrics,
         "older": _older_results(run),
-        "per_class": [[_short(row[0]), *row[1:]] for row in shown],
+        "per_class": [[plots.elided(row[0], LONGEST_NAME), *row[1:]] for row in shown],
         "lacks_classes": lacks_classes,
         "noun": by_class.noun(names),
         "values": _file_of_values(run, path),
@@ -257,13 +257,10 @@ def _write(
     return path
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-
-
 def _tags(run: Run) -> list[str]:
     tags = run.config.get("tags") or []
-    found, more = [_short(str(tag)) for tag in tags[:MOST_TAGS]], len(tags) - MOST_TAGS
+    found = [plots.elided(str(tag), LONGEST_NAME) for tag in tags[:MOST_TAGS]]
+    more = len(tags) - MOST_TAGS
     return [*found, f"and {more:,} more, in config.yaml"] if more > 0 else found
 
 

@@ -298,7 +298,7 @@ def _parallel(
     drawn = [
         {
             "x": x,
-            "name": name if len(name) <= 20 else f"{name[:19]}…",
+            "name": plots.elided(name, 20),
             "ticks": [(y(axis, place), text) for place, text in _ticks(axis)],
         }
         for x, name, axis in zip(xs, names, axes, strict=True)
@@ -311,7 +311,7 @@ def _ticks(axis: Axis) -> list[tuple[float, str]]:
     if axis.names:
         every = math.ceil(len(axis.names) / 16)
         return [
-            (index, name if len(name) <= 18 else f"{name[:17]}…")
+            (index, plots.elided(name, 18))
             for index, name in enumerate(axis.names)
             if index % every == 0
         ]
@@ -353,11 +353,7 @@ def _curves(
     sets = [*dict.fromkeys([*chosen, *(it for r in runs for it in r.sets if it not in r.final)])]
     one_each = len({named[row.job] for row in rows}) == len(rows)
     drawn = [
-        (
-            labels[row.job],
-            labels[row.job] if one_each else named[row.job],
-            its,
-        )
+        (labels[row.job], labels[row.job] if one_each else named[row.job], its)
         for row, its in zip(rows, (run.lines for run in runs), strict=True)
     ]
     panels = plots.overlay(drawn, names[: plots.PANELS], sets)
