@@ -295,7 +295,7 @@ def _content(folder: Path, named: str) -> dict[str, Any] | None:
         content = read_json(folder / SWEEP)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{named}: {folder / SWEEP} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{named}: {folder / SWEEP} is not a sweep's: a mapping is expected.")
@@ -342,7 +342,7 @@ def remove_caches(code: Path) -> None:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError):
         content = read_json(path)
         return content if isinstance(content, dict) else {}
     return {}

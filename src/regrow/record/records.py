@@ -314,7 +314,15 @@ def as_json(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return the content of a JSON file. Raises OSError, or ValueError if it is damaged."""
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def read_damaged(
@@ -411,7 +419,7 @@ def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                values = json.loads(line)
+                values = _parsed(line)
             except ValueError:
                 values = None
             if isinstance(values, dict) and isinstance(values.get("step"), int):
