@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fakes import make_run
 from finished import finished, script
 from running import TINY, as_hydra_has_it, composed
 
@@ -21,6 +22,7 @@ from regrow.load import load_run
 from regrow.record import plots, report
 from regrow.record.earlier import differences
 from regrow.record.loggers import Jsonl
+from regrow.record.names import refuse_foreign_run
 from regrow.runs import training, trial
 from regrow.runs.inference import evaluate
 from regrow.runs.launch import launch
@@ -246,3 +248,11 @@ def test_a_moved_run_predicts_without_the_source_of_its_data(
     assert loaded.preprocessing.input_shape == [6]
     with pytest.raises(UserError, match=r"my_own_source\.read"):
         _ = loaded.data
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl", "plots/test.json"])
+def test_json_that_nests_too_deep_for_python_costs_only_its_file(name: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_text("[" * 200_000 + "\n")
+    refuse_foreign_run(folder)
+    report.write(folder)

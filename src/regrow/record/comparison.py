@@ -133,16 +133,18 @@ class Comparison:
     settings: Sequence[Setting]  # the best first
     left_out: Sequence[Row]  # completed, but without that metric
     repeated: Sequence[Row]  # of another value than a counted run of the same setting and seed
+    values: Mapping[str, float]  # of the metric, by job
+
+    @property
+    def counted(self) -> list[Row]:
+        """The runs of all settings, those of the best setting first."""
+        return [row for its in self.settings for row in its.rows]
 
     @property
     def best(self) -> Row | None:
         """The run with the best value."""
-        sign = 1 if self.mode == "max" else -1
-        having = [
-            (row.value(self.metric), row) for setting in self.settings for row in setting.rows
-        ]
-        having.sort(key=lambda pair: -sign * (pair[0] or 0.0))
-        return having[0][1] if having else None
+        pick = max if self.mode == "max" else min
+        return pick(self.counted, key=lambda row: self.values[row.job], default=None)
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
@@ -201,9 +203,9 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     metric = metric or max(dict.fromkeys(monitored), key=monitored.count, default="")
     values = {row.job: value for row in completed if (value := row.value(metric)) is not None}
     done = [row for row in completed if row.job in values]
-    by_it = [row for row in done if row.monitored == metric] or done
-    if not mode and by_it and by_it[0].monitored == metric and by_it[0].run is not None:
-        mode = str((by_it[0].run.config.get("trainer") or {}).get("mode") or "")
+    chosen_by_it = next((row.run for row in done if row.monitored == metric), None)
+    if not mode and chosen_by_it is not None:
+        mode = str((chosen_by_it.config.get("trainer") or {}).get("mode") or "")
     mode = mode or monitor.by_name(metric) or "max"
     base = metric.partition("/")[2]
     names = dict.fromkeys(key for row in done for key in row.metrics())
@@ -242,7 +244,7 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
         for (_, its), difference in zip(ordered, apart, strict=True)
     ]
     left_out = [row for row in completed if metric and row.job not in values]
-    return Comparison(rows, metric, mode, others, settings, left_out, repeated)
+    return Comparison(rows, metric, mode, others, settings, left_out, repeated, values)
 
 
 def shown(value: float, sign: str = "") -> str:
@@ -286,7 +288,7 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     per_cent = f"{LEVEL:.0%}"
     header = ["setting", "runs", comparison.metric, f"{per_cent} interval"]
     # Folds are a statement about each set; seeds alone are one about the choice of a setting.
-    has_folds = any(row.fold is not None for its in comparison.settings for row in its.rows)
+    has_folds = any(row.fold is not None for row in comparison.counted)
     for other in comparison.others:
         header += [other, f"{per_cent} interval"] if has_folds else [other]
     header += ["from the best", f"{per_cent} interval", "verdict"]
@@ -321,21 +323,18 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
 
-    def write(cells: Sequence[Any]) -> None:
-        writer.writerow([harmless(cell) if isinstance(cell, str) else cell for cell in cells])
-
-    write(["job", "status", *swept, *metrics, "weights_sha256", "folder", "reason", "log"])
+    header = ["job", "status", *swept, *metrics, "weights_sha256", "folder", "reason", "log"]
+    writer.writerow(map(harmless, header))
     for row in rows:
         found = row.metrics()
         weights = row.run.summary.get("weights_sha256") if row.run and found else None
-        write(
-            [
-                *(row.job, row.state),
-                *(redact(str(row.swept.get(key, ""))) for key in swept),
-                *(found.get(name, "") for name in metrics),
-                *(weights or "", row.folder, row.reason or "", row.log or ""),
-            ]
-        )
+        cells = [
+            *(row.job, row.state),
+            *(redact(str(row.swept.get(key, ""))) for key in swept),
+            *(found.get(name, "") for name in metrics),
+            *(weights or "", row.folder, row.reason or "", row.log or ""),
+        ]
+        writer.writerow(map(harmless, cells))
     write_text(path, text.getvalue())
 
 
@@ -353,7 +352,8 @@ def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
         if not file.is_file():  # outputs that are not a row per example
             continue
         before = {key: redact(str(row.swept.get(key, ""))) for key in swept}
-        first = next(i for i, one in enumerate(rows) if _same_but_fold(one, row))
+        its = row.setting, row.seed
+        first = next(i for i, one in enumerate(rows) if (one.setting, one.seed) == its)
         with file.open(newline="", encoding="utf-8") as lines:
             for line in csv.DictReader(lines):
                 order = (first, natural(line["example"]), number)
@@ -364,7 +364,3 @@ def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
     if found:
         table = ({key: row.get(key, "") for key in columns} for _, row in found)
         output.write_csv(table, path, overwrite=True)
-
-
-def _same_but_fold(one: Row, other: Row) -> bool:
-    return one.setting == other.setting and one.seed == other.seed

@@ -47,7 +47,7 @@ class Changes:
     untracked_media: int = 0  # number of images, recordings and archives
 
 
-def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -> bytes | None:
+def run_git(root: Path, *arguments: str, limit: int) -> bytes | None:
     """Return the first `limit` bytes of git's output, or None if it fails or takes too long."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
     try:
@@ -60,7 +60,7 @@ def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -
         )
     except OSError:
         return None
-    timer = threading.Timer(seconds, process.kill)
+    timer = threading.Timer(SECONDS, process.kill)
     timer.start()
     with process:
         assert process.stdout is not None
@@ -72,23 +72,22 @@ def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -
     return None if code != 0 and len(output) < limit else output
 
 
-def changes_of(root: Path, top: Path, *, limit: int | None = None) -> Changes:
+def changes_of(root: Path, top: Path) -> Changes:
     """Return the changes of tracked files, including staged ones, and the content of new code.
 
     New code is `.py` files and `conf/**/*.yaml` under `root`. `top` is the repository's folder,
     which may contain `root`.
     """
-    limit = LIMIT if limit is None else limit
     until = time.monotonic() + SECONDS
     base = _base(top)
     found = Changes()
     hashed = _Hashes(top)
-    patch = run_git(top, *AS_A_PATCH, "--find-renames", base, limit=limit + 1)
-    if patch is not None and len(patch) <= limit:
+    patch = run_git(top, *AS_A_PATCH, "--find-renames", base, limit=LIMIT + 1)
+    if patch is not None and len(patch) <= LIMIT:
         found.patch = patch
     else:
         for name in _names(top, "diff", "--name-only", "--no-renames", "--no-relative", base):
-            room = limit - len(found.patch)
+            room = LIMIT - len(found.patch)
             part = None
             if room > 0 and time.monotonic() < until:
                 one = ("--no-renames", base, "--", f":(top,literal){name}")
@@ -107,7 +106,7 @@ def changes_of(root: Path, top: Path, *, limit: int | None = None) -> Changes:
         addition = None
         if _is_new_code(name, "" if inside == "." else f"{inside}/", top):
             with contextlib.suppress(OSError):
-                addition = _addition(name, top / name, limit - len(found.patch))
+                addition = _addition(name, top / name, LIMIT - len(found.patch))
             found.cut = found.cut or addition is None
         if addition is None:
             found.left_out |= hashed(name)

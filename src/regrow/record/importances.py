@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from regrow.record.comparison import REPEATS, Comparison, Row
@@ -47,27 +47,27 @@ def of_table(comparison: Comparison, short: Mapping[str, str]) -> Importance:
     done, keys, values = _trials(comparison)
     if len({*values}) < 2:
         return Importance({}, f"Not computed: {comparison.metric} does not vary.")
-    if len(done) < FEWEST_RUNS:
-        found = effects(comparison, short)
-        few = f"Optuna's importances need {FEWEST_RUNS} runs."
-        return Importance(found.shares, f"{found.note} {few}", found.rest)
     try:
-        shares = of_study(_study(done, keys, values), len(done))
+        if len(done) >= FEWEST_RUNS:
+            shares = of_study(_study(done, keys, values), len(done))
+            note = (
+                f"Share of the variance of {comparison.metric} that each parameter explains: "
+                f"Optuna's functional ANOVA over {len(done)} runs. It is rough below about a "
+                "hundred."
+            )
+            return Importance({short.get(key, key): share for key, share in shares.items()}, note)
+        why = f"Optuna's importances need {FEWEST_RUNS} runs."
     except Exception as error:  # an unsupported version of Optuna, say; the runs are done
-        found, why = effects(comparison, short), " ".join(str(error).split()) or repr(error)
-        return Importance(found.shares, f"{found.note} Optuna's failed: {why}", found.rest)
-    note = (
-        f"Share of the variance of {comparison.metric} that each parameter explains: Optuna's "
-        f"functional ANOVA over {len(done)} runs. It is rough below about a hundred."
-    )
-    return Importance({short.get(key, key): share for key, share in shares.items()}, note)
+        why = f"Optuna's failed: {' '.join(str(error).split()) or repr(error)}"
+    found = effects(comparison, short)
+    return replace(found, note=f"{found.note} {why}")
 
 
 def _trials(comparison: Comparison) -> tuple[list[Row], list[str], list[float]]:
     """Return the finished runs, the keys of their parameters, and each run's value."""
-    done = [row for its in comparison.settings for row in its.rows]
+    done = comparison.counted
     keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
-    return done, keys, [row.value(comparison.metric) or 0.0 for row in done]
+    return done, keys, [comparison.values[row.job] for row in done]
 
 
 def _study(done: Sequence[Row], keys: Sequence[str], values: Sequence[float]) -> Study:

@@ -79,9 +79,6 @@ class Jsonl:
         self.waiting.append(dump_line({"step": step, "epoch": epoch, **values}))
         self._write()
 
-    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
-        """Do nothing: histograms are not part of the record."""
-
     def _write(self) -> None:
         try:
             while self.waiting:
@@ -187,7 +184,7 @@ class Csv:
         self.columns = list(columns)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([harmless(column) for column in self.columns])
+        writer.writerow(map(harmless, self.columns))
         writer.writerows(self._cells(row) for row in rows)
         write_text(self.path, text.getvalue())
 
@@ -207,8 +204,7 @@ class Csv:
         self._rewrite([*rows, row])
 
     def _cells(self, row: Mapping[str, Any]) -> list[Any]:
-        cells = [row.get(column, "") for column in self.columns]
-        return [harmless(cell) if isinstance(cell, str) else cell for cell in cells]
+        return [harmless(row.get(column, "")) for column in self.columns]
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
         """Do nothing: a table cannot hold histograms."""
@@ -256,26 +252,23 @@ class TensorBoard:
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
-            if not self._is_shown(step, tag):
+            if (step, tag) not in self.shown:
                 self.writer.add_scalar(tag, value, step)
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
         for tag, tensor in tensors.items():
             finite = tensor[tensor.isfinite()]  # a histogram of NaN raises
-            if finite.numel() and not self._is_shown(step, tag):
+            if finite.numel() and (step, tag) not in self.shown:
                 self.writer.add_histogram(tag, finite, step)
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         import numpy as np
         from PIL import Image
 
-        if not self._is_shown(step, name):
+        if (step, name) not in self.shown:
             with Image.open(path) as file:
                 pixels = np.array(file.convert("RGB"))
             self.writer.add_image(name, pixels, step, dataformats="HWC")
-
-    def _is_shown(self, step: int, tag: str) -> bool:
-        return bool(self.shown) and (step, tag) in self.shown
 
     def flush(self) -> None:
         self.writer.flush()
@@ -388,14 +381,13 @@ class Wandb:
                     self.run = wandb.init(mode=chosen, **arguments)
         self.histogram, self.image = wandb.Histogram, wandb.Image
         where = (
-            self.run.url if chosen == "online" else f"send it with: wandb sync {self._sync_path()}"
+            self.run.url
+            if chosen == "online"
+            else f"send it with: wandb sync {Path(self.run.dir).parent}"
         )
         log.info("wandb: %s, id %s, %s", chosen, identity, where)
         self.first_step = int(self.run.starting_step)
         _fill(self, folder)
-
-    def _sync_path(self) -> Path:
-        return Path(self.run.dir).parent
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         # Skip steps that the server already has: a resumed run logs the same numbers.
@@ -478,17 +470,14 @@ def _set_aside_offline_runs(folder: Path) -> None:
             old.rename(aside / f"{old.name}-{secrets.token_hex(2)}")
 
 
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in line.items() if key not in ("step", "epoch")}
-
-
 def _fill(tracker: Any, folder: Path) -> None:
     """Give a tracker what the run's record holds; it leaves out what it has."""
     for each in logged_images.merged(folder, iterate_metrics(folder)):
         if isinstance(each, Logged):
             tracker.log_image(*each)
         else:
-            tracker.log(each["step"], each.get("epoch", 0), _numbers(each))
+            values = {key: value for key, value in each.items() if key not in ("step", "epoch")}
+            tracker.log(each["step"], each.get("epoch", 0), values)
 
 
 class Loggers:
@@ -621,14 +610,13 @@ def check_choice(nodes: Mapping[str, Mapping[str, Config]]) -> None:
 
     Called before any folder is created.
     """
-    needs = {"tensorboard": "tensorboard", "wandb": "wandb"}
     for name, node in nodes.items():
         if name == "mlflow":
             require("logger=mlflow", "mlflow", "mlflow", "sqlalchemy", "alembic")
-        if name in needs and importlib.util.find_spec(needs[name]) is None:
+        if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
             raise UserError(
-                f"logger={name} needs the package {needs[name]}. Install it (pip install "
-                f"{needs[name]}) or leave it out of logger."
+                f"logger={name} needs the package {name}. Install it (pip install {name}) or leave "
+                "it out of logger."
             )
         if (
             name == "wandb"

@@ -112,9 +112,10 @@ def write(
     now = redact_all(now)
     if first := read(folder):
         now["packages"] = _other_versions(now["packages"], first.get("packages") or {})
-        recorded = {**first, "git": _without_diff(first.get("git"))}
-        same = {key for key, value in now.items() if recorded.get(key) == value}
-        resume = {"step": None, **{k: v for k, v in now.items() if k not in same}}
+        git_before = first.get("git")  # as it was before its patch had a file
+        git_before = git_before and {k: v for k, v in git_before.items() if k != "diff"}
+        recorded = {**first, "git": git_before}
+        resume = {"step": None, **{k: v for k, v in now.items() if recorded.get(k) != v}}
         if accepted:
             resume["changed_data"] = dict(accepted)
         if not resume.get("packages"):
@@ -128,11 +129,6 @@ def write(
         _write_patch(folder, "git.diff", patch, now["git"])
     write_json(folder / NAME, now)
     return now
-
-
-def _without_diff(git: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return a recorded git entry as it was before its patch had a file."""
-    return None if git is None else {key: its for key, its in git.items() if key != "diff"}
 
 
 def latest(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,9 +284,9 @@ def not_restored(git: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def name_some(names: Sequence[str], most: int = 5, key: Callable[[str], Any] | None = None) -> str:
-    """Return the first names, and the number of others."""
-    return listed(sorted(names, key=key), most)
+def name_some(names: Sequence[str], key: Callable[[str], Any] | None = None) -> str:
+    """Return the first five names, and the number of others."""
+    return listed(sorted(names, key=key), 5)
 
 
 def _relevance(folder: Path) -> Callable[[str], tuple[int, str]]:
@@ -399,9 +395,8 @@ def origin(root: Path) -> dict[str, Any]:
 
 def own_root() -> Path:
     """Return the user's own checkout, even in a process that runs a frozen copy of it."""
-    root = ROOT
-    own = Path(origin(root).get("root", root))
-    return own if (own / "scripts" / "train.py").is_file() else root
+    own = Path(origin(ROOT).get("root", ROOT))
+    return own if (own / "scripts" / "train.py").is_file() else ROOT
 
 
 def git(root: Path) -> dict[str, Any] | None:
@@ -419,7 +414,7 @@ def git(root: Path) -> dict[str, Any] | None:
     status = _git(root, "status", "--porcelain")
     changes = diff.changes_of(root, Path(top))
     patch, redacted = diff.redacted(changes.patch)
-    found = {
+    return {
         "commit": _git(root, "rev-parse", "--verify", "-q", "HEAD"),
         "branch": _git(root, "symbolic-ref", "--short", "-q", "HEAD"),
         "remote": _git(root, "config", "--get", "remote.origin.url"),
@@ -435,7 +430,6 @@ def git(root: Path) -> dict[str, Any] | None:
         "submodules": submodules(Path(top)),
         "diff": patch.decode("utf-8", "surrogateescape"),
     }
-    return found
 
 
 NO_GIT, NO_REPOSITORY = "git is not installed", "not a git repository"
@@ -497,9 +491,9 @@ def submodules(top: Path) -> dict[str, Any]:
     return found
 
 
-def _git(root: Path, *arguments: str, limit: int = 100_000) -> str | None:
+def _git(root: Path, *arguments: str) -> str | None:
     """Return git's output, or None if it fails or takes too long."""
-    output = diff.run_git(root, *arguments, limit=limit)
+    output = diff.run_git(root, *arguments, limit=100_000)
     if output is None:
         return None
     text = os.fsdecode(output) if arguments[0] == "rev-parse" else output.decode(errors="replace")

@@ -71,10 +71,12 @@ class Mlflow:
         self.shown: set[tuple[str, int]] = set()  # what MLflow has or will have of the record
         self.last: tuple[int, set[str]] = (-1, set())  # the keys of the newest step
         self.refused: set[str] = set()  # the names that MLflow does not take
+        file = _file(tracking_uri)
         with _limited(timeout_seconds):
-            with _alone(tracking_uri):
-                self.client: Any = MlflowClient(_absolute(tracking_uri))
-                number = _experiment(self.client, experiment, tracking_uri)
+            with _alone(file):
+                address = tracking_uri if file is None else f"{SQLITE}{file}"
+                self.client: Any = MlflowClient(address)
+                number = _experiment(self.client, experiment, file)
             self.run_id = self._identity(folder / IDENTITY, number, run_name)
             self._describe(config, tags, notes, self.client.get_run(self.run_id).data)
         self.flush()
@@ -269,15 +271,9 @@ def _file(tracking_uri: str) -> Path | None:
     return Path(tracking_uri.removeprefix(SQLITE)).absolute()
 
 
-def _absolute(tracking_uri: str) -> str:
-    file = _file(tracking_uri)
-    return tracking_uri if file is None else f"{SQLITE}{file}"
-
-
 @contextmanager
-def _alone(tracking_uri: str) -> Iterator[None]:
+def _alone(file: Path | None) -> Iterator[None]:
     """Let one process at a time create the tables of a SQLite database: a sweep starts several."""
-    file = _file(tracking_uri)
     if file is None:
         yield
         return
@@ -287,15 +283,14 @@ def _alone(tracking_uri: str) -> Iterator[None]:
         yield
 
 
-def _experiment(client: Any, name: str, tracking_uri: str) -> str:
+def _experiment(client: Any, name: str, file: Path | None) -> str:
     """Return the id of the experiment, which is created if it is missing.
 
-    Beside a SQLite database, its files are in the database's folder; by default they would be in
-    the current one.
+    Beside the `file` of a SQLite database, its files are in the database's folder; by default they
+    would be in the current one.
     """
     found = client.get_experiment_by_name(name)
     if found is None:
-        file = _file(tracking_uri)
         where = {} if file is None else {"artifact_location": _artifacts(file, name)}
         try:
             return str(client.create_experiment(name, **where))

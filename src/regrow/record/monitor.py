@@ -42,26 +42,22 @@ _QUALIFIERS = _words(
 )
 # Whole names whose words do not tell the direction, or tell the opposite.
 _WHOLE = {
-    "cross_entropy": "min",
-    "crossentropy": "min",
-    "bits_per_byte": "min",
-    "exact_match": "max",
-    "explained_variance": "max",
-    "log_likelihood": "max",
-    "loglikelihood": "max",
-    "neg_log_likelihood": "min",
-    "negative_log_likelihood": "min",
-    "false_positive_rate": "min",
-    "false_negative_rate": "min",
-    "false_discovery_rate": "min",
-    "true_positive_rate": "max",
-    "true_negative_rate": "max",
-    "hit_rate": "max",
-    "win_rate": "max",
-    "hamming_score": "max",
-    # These two measure distances.
-    "deep_image_structure_and_texture_similarity": "min",
-    "learned_perceptual_image_patch_similarity": "min",
+    **dict.fromkeys(
+        _words(
+            "exact_match explained_variance log_likelihood loglikelihood true_positive_rate "
+            "true_negative_rate hit_rate win_rate hamming_score"
+        ),
+        "max",
+    ),
+    **dict.fromkeys(
+        _words(
+            "cross_entropy crossentropy bits_per_byte neg_log_likelihood negative_log_likelihood "
+            "false_positive_rate false_negative_rate false_discovery_rate "
+            # These two measure distances.
+            "deep_image_structure_and_texture_similarity learned_perceptual_image_patch_similarity"
+        ),
+        "min",
+    ),
 }
 # Words that reverse the direction (neg_mean_squared_error, one_minus_accuracy) or measure something
 # else about the metric (drop_in_accuracy).

@@ -116,6 +116,6 @@ def _refuse(folder: Path, key: str, is_own: Any, is_ours: bool, what: str) -> No
 
 
 def _json(path: Path) -> Any:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8"))
     return None

@@ -10,30 +10,31 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 _unfinished: set[Path] = set()  # the temporary files of `whole_file` in this process
 # A spreadsheet evaluates a cell that begins with one of these. The last four are full-width.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
-def harmless(text: str) -> str:
-    """Return the text of a cell, with an apostrophe before it if a spreadsheet would evaluate it.
+def harmless(cell: T) -> T | str:
+    """Return a cell, with an apostrophe before text that a spreadsheet would evaluate.
 
     Use it for every table that may be opened in a spreadsheet. A negative number is unchanged.
     """
-    if not text.lstrip(" ").startswith(FORMULA_SIGNS):
-        return text
+    if not isinstance(cell, str) or not cell.lstrip(" ").startswith(FORMULA_SIGNS):
+        return cell
     try:
-        float(text)
+        float(cell)
     except ValueError:
-        return f"'{text}"
-    return text
+        return f"'{cell}"
+    return cell
 
 
 def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: bool) -> int:
@@ -42,25 +43,27 @@ def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: boo
     Raises UserError if `target` exists, unless `overwrite`.
     """
     count = 0
-    # The file escapes what UTF-8 cannot encode: file names may be arbitrary bytes.
     with _new_file(target, overwrite) as file:
-        for row in rows:
-            if count == 0:
-                csv.writer(file).writerow([harmless(key) for key in row])
-            csv.writer(file).writerow([harmless(value) for value in row.values()])
-            count += 1
+        # The file escapes what UTF-8 cannot encode: file names may be arbitrary bytes.
+        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+        writer = csv.writer(text)
+        for count, row in enumerate(rows, 1):
+            if count == 1:
+                writer.writerow(map(harmless, row))
+            writer.writerow(map(harmless, row.values()))
+        text.flush()
+        text.detach()  # the file is closed by its owner
     return count
 
 
 def write_text(text: str, target: Path, *, overwrite: bool) -> None:
     """Write a text file that the user named, atomically. Raises UserError."""
-    with _new_file(target, overwrite) as file:
-        file.write(text)
+    write_bytes(text.encode("utf-8", "backslashreplace"), target, overwrite=overwrite)
 
 
 def write_bytes(content: bytes, target: Path, *, overwrite: bool) -> None:
     """Write a file that the user named, atomically. Raises UserError."""
-    with _told(target), whole_file(target, publish=_publish(overwrite)) as file:
+    with _new_file(target, overwrite) as file:
         file.write(content)
 
 
@@ -75,17 +78,16 @@ def write_images(images: Iterable[tuple[str, Image]], folder: Path, *, overwrite
     place = folder.with_name(f".{folder.name}.{os.getpid()}.tmp") if is_new else folder
     taken: set[Path] = set()
     try:
-        for name, image in images:
-            file = Path(name).with_suffix(".png")
-            file = file if file not in taken else Path(f"{name}.png")
-            taken.add(file)
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(place / file) as opened:
-                image.save(opened, "PNG")
-        if is_new:
-            place.rename(folder)
-    except OSError as error:
-        raise UserError(f"output={folder} cannot be written: {error.strerror or error}.") from None
+        with _told(folder):
+            for name, image in images:
+                file = Path(name).with_suffix(".png")
+                file = file if file not in taken else Path(f"{name}.png")
+                taken.add(file)
+                (place / file).parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(place / file) as opened:
+                    image.save(opened, "PNG")
+            if is_new:
+                place.rename(folder)
     finally:
         if is_new:
             shutil.rmtree(place, ignore_errors=True)
@@ -130,13 +132,11 @@ def remove_unfinished() -> None:
 
 
 @contextlib.contextmanager
-def _new_file(target: Path, overwrite: bool) -> Iterator[IO[str]]:
-    """Yield a text file that is renamed to `target` once it is complete. Raises UserError."""
-    with _told(target), whole_file(target, publish=_publish(overwrite)) as file:
-        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
-        yield text
-        text.flush()
-        text.detach()  # the file is closed by its owner
+def _new_file(target: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+    """Yield a file that is renamed to `target` once it is complete. Raises UserError."""
+    publish = _over_a_file if overwrite else _where_nothing_is
+    with _told(target), whole_file(target, publish=publish) as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -146,10 +146,6 @@ def _told(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
-
-
-def _publish(overwrite: bool) -> Callable[[Path, Path], None]:
-    return _over_a_file if overwrite else _where_nothing_is
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:

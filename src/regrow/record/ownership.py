@@ -100,8 +100,7 @@ def entries() -> list[ListedFolder]:
 
 def find(identity: object) -> ListedFolder | None:
     """Return the entry for an id that a folder holds, or None."""
-    found = [entry for entry in entries() if entry.id == identity]
-    return found[-1] if found else None
+    return next((entry for entry in reversed(entries()) if entry.id == identity), None)
 
 
 def _usable(folder: Path, *, make: bool = False) -> Path:
@@ -209,10 +208,9 @@ def is_own_run(folder: Path, overrides: Sequence[str]) -> bool:
         return True
     held = _mapping(folder / OWNER)
     entry, seals = find(held.get("id")), held.get("seals")
-    content = ["run", *overrides]
-    return entry is not None and any(
-        _is_sealed(entry, content, seal) for seal in (seals if isinstance(seals, list) else ())
-    )
+    if entry is None or not isinstance(seals, list):
+        return False
+    return any(_is_sealed(entry, ["run", *overrides], seal) for seal in seals)
 
 
 def digest_of_run(overrides: Sequence[str]) -> str:
@@ -249,13 +247,13 @@ def check_sweep(folder: Path, named: str) -> ListedFolder | None:
         )
     code = digest_of_code(folder / CODE, named)
     if content is None:  # killed before it planned a job: resuming uses only the code
-        own = [entry for entry in entries() if entry.code == code]
+        own = next((entry for entry in reversed(entries()) if entry.code == code), None)
     else:
         own = _entered(code, content)
-    if own:
+    if own is not None:
         if content is None:  # someone else may have copied this user's code there
             refuse_links(folder, named)
-        return own[-1]
+        return own
     digest = _digest_of_sweep(code, content)
     if _is_trusted(digest):
         refuse_links(folder, named)
@@ -267,12 +265,12 @@ def check_sweep(folder: Path, named: str) -> ListedFolder | None:
     )
 
 
-def _entered(code: str, content: Mapping[str, Any]) -> list[ListedFolder]:
-    """Return the entry of a sweep with this code and an intact seal, in a list; or no entry."""
+def _entered(code: str, content: Mapping[str, Any]) -> ListedFolder | None:
+    """Return the entry of a sweep with this code and an intact seal, or None."""
     entry = find(content.get("id"))
     if entry is None or entry.code != code:
-        return []
-    return [entry] if _is_sealed(entry, _kept(content), content.get("seal")) else []
+        return None
+    return entry if _is_sealed(entry, _kept(content), content.get("seal")) else None
 
 
 def trust_of(folder: Path) -> list[str]:
@@ -297,7 +295,7 @@ def _content(folder: Path, named: str) -> dict[str, Any] | None:
         content = read_json(folder / SWEEP)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{named}: {folder / SWEEP} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{named}: {folder / SWEEP} is not a sweep's: a mapping is expected.")
@@ -344,7 +342,7 @@ def remove_caches(code: Path) -> None:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError):
         content = read_json(path)
         return content if isinstance(content, dict) else {}
     return {}

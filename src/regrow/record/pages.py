@@ -143,7 +143,7 @@ def value(content: Any, key: str = "") -> Any:
         return "null" if content is None else str(content).lower()
     text = redact(str(content))
     short = text.rpartition(".")[2] if key.endswith("_target_") else text
-    short = short if len(short) <= LONG else f"{short[: LONG - 1]}…"
+    short = plots.elided(short, LONG)
     return text if short == text else Markup('<span title="{}">{}</span>').format(text, short)
 
 
@@ -166,7 +166,7 @@ def brief(content: str, key: str = "") -> str:
     try:
         return f"{float(content):.4g}" if len(content) > 7 else content
     except ValueError:
-        return content if len(content) <= LONG else f"{content[: LONG - 1]}…"
+        return plots.elided(content, LONG)
 
 
 def duration(seconds: Any) -> Any:

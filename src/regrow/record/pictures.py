@@ -39,12 +39,9 @@ def of_masks(
     if getattr(inputs, "ndim", None) != 4:  # several inputs are a tuple or a mapping
         return {}
     every = -(-max(inputs.shape[2:]) // MOST_PIXELS)
-    few = (slice(NUM_SHOWN), ..., slice(None, None, every), slice(None, None, every))
-    pixels = (as_pixels or by_range)(inputs[few]).cpu()
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
-    columns = {"input": [_png(image) for image in pixels]}
+    columns = {"input": _pngs(inputs[:NUM_SHOWN], every, as_pixels)}
     for name, mask in masks.items():
-        classes = mask[few].long().cpu()
+        classes = mask[:NUM_SHOWN, ::every, ::every].long().cpu()
         if ignore_index is not None:
             classes = classes.masked_fill(classes == ignore_index, len(class_names))
         columns[name] = [_png(one[None]) for one in classes]
@@ -87,10 +84,8 @@ def of_wrong(
             probability = probability.where(predicted[chosen] == 1, 1 - probability)
         of_each = probability.tolist()
     every = -(-max(inputs.shape[2:]) // MOST_WRONG_PIXELS)
-    pixels = (as_pixels or by_range)(inputs[chosen][..., ::every, ::every]).cpu()
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
     columns = {
-        "image": [_png(image) for image in pixels],
+        "image": _pngs(inputs[chosen], every, as_pixels),
         "true": [str(class_names[index]) for index in targets[chosen].tolist()],
         "predicted": [str(class_names[index]) for index in predicted[chosen].tolist()],
         "probability": of_each,
@@ -203,6 +198,12 @@ def by_range(images: Tensor) -> Tensor:
     images = images.float()
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
+
+
+def _pngs(images: Tensor, every: int, as_pixels: Callable[[Tensor], Tensor] | None) -> list[str]:
+    """Return images (B, C, H, W) as PNG, of every so many rows and columns, in colour or grey."""
+    pixels = (as_pixels or by_range)(images[..., ::every, ::every]).cpu()
+    return [_png(image) for image in (pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1])]
 
 
 def _png(pixels: Tensor) -> str:

@@ -79,16 +79,17 @@ def figures(folder: Path, panels: Mapping[str, Sequence[Panel]] | None = None) -
             details = read_json(path)
         except (OSError, ValueError):
             continue
-        if isinstance(details, dict) and details.get("confusion_matrix"):
+        if not isinstance(details, dict):
+            continue
+        if details.get("confusion_matrix"):
             found[f"confusion_{path.stem}"] = confusion(
                 details["confusion_matrix"], details.get("class_names")
             )
-        elif isinstance(details, dict) and details.get("true"):
-            names = details.get("target_names")
+        elif details.get("true"):
             found[f"predicted_{path.stem}"] = predicted(
-                details["true"], details["predicted"], names
+                details["true"], details["predicted"], details.get("target_names")
             )
-        if isinstance(details, dict) and details.get("examples"):
+        if details.get("examples"):
             names = details["class_names"]
             found[f"examples_{path.stem}"] = pictures.figure(
                 details["examples"], names, colours_of(len(names))
@@ -309,8 +310,7 @@ def figure_of(panels: Sequence[Panel], points: int = STATIC_POINTS) -> Figure | 
         wide = len(panel.lines) <= 8
         for line in panel.lines:
             _line(axis, line, each, 1.6 if wide else 1.0, has_dots=wide)
-        axis.set_title(_plain(panel.title[:40]), loc="left", fontsize=11, color=INK)
-        axis.set_xlabel(_plain(panel.x[:40]), fontsize=9, color=MUTED)
+        _name(axis, panel.title[:40], panel.x[:40])
         if panel.is_log:
             axis.set_yscale("log")
         else:
@@ -320,7 +320,7 @@ def figure_of(panels: Sequence[Panel], points: int = STATIC_POINTS) -> Figure | 
         if panel.ticks:
             steep = max(map(len, panel.ticks)) * len(panel.ticks) > 40
             style: dict[str, Any] = {"rotation": 30, "ha": "right"} if steep else {}
-            names = [_plain(it if len(it) <= 18 else f"{it[:17]}…") for it in panel.ticks]
+            names = [_plain(elided(it, 18)) for it in panel.ticks]
             axis.set_xticks(range(len(names)), names, **style)
         if panel.best is not None:
             axis.axvline(panel.best, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=0.9)
@@ -362,8 +362,7 @@ def _line(axis: Axes, line: Line, points: int, width: float, *, has_dots: bool) 
     # A single value, or one between two NaN, makes no line: it needs a dot.
     finite = [math.isfinite(value) for value in line.values]
     few = sum(finite) <= (30 if has_dots else 1)
-    named = line.group or line.name
-    label = _plain(named if len(named) <= 100 else f"{named[:99]}…")
+    label = _plain(elided(line.group or line.name, 100))
     faint: dict[str, Any] = {"alpha": 0.35, "linewidth": 0.8} if line.is_faint else {}
     label = f"_{label}" if line.is_faint else label  # _ hides it in the legend
     values = [v if good else math.nan for v, good in zip(line.values, finite, strict=True)]
@@ -388,28 +387,46 @@ def _line(axis: Axes, line: Line, points: int, width: float, *, has_dots: bool) 
         )
 
 
+def elided(text: str, most: int) -> str:
+    """Return the text in at most `most` characters, with an ellipsis for the rest."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _plain(text: str) -> str:
     """Escape dollar signs: matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def _name(axis: Axes, title: str, x: str, y: str = "") -> None:
+    axis.set_title(_plain(title), loc="left", fontsize=11, color=INK)
+    axis.set_xlabel(_plain(x), fontsize=9, color=MUTED)
+    axis.set_ylabel(y, fontsize=9, color=MUTED)
+
+
+def _grid(
+    count: int, columns: int, width: float, height: float, more: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` axes, in rows of `height` inches and `more` for all."""
     from matplotlib.figure import Figure
 
-    columns = 1 if count == 1 else 2 if count in (2, 4) else 3
     rows = -(-count // columns)
-    width = 6.4 if columns == 1 else 10.0
-    figure = Figure(figsize=(width, 2.9 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(width, height * rows + more), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_axis_off()
-    for axis in axes[:count]:
+    return figure, axes[:count]
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    columns = 1 if count == 1 else 2 if count in (2, 4) else 3
+    figure, axes = _grid(count, columns, 6.4 if columns == 1 else 10.0, 2.9, 0.3)
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GRID)
         axis.tick_params(colors=MUTED, labelsize=8.5, length=3)
         axis.grid(color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
-    return figure, axes[:count]
+    return figure, axes
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -424,11 +441,8 @@ def confusion(matrix: Sequence[Any], class_names: Sequence[str] | None) -> Figur
         return _confusion_per_label(counts, class_names)
     names = _names(class_names, len(counts))
     detailed = len(names) <= DETAILED_CLASSES
-    from matplotlib.figure import Figure
-
     side = min(6.4, 2.6 + 0.28 * len(names))
-    figure = Figure(figsize=(2 * side + 0.4, side), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure, axes = _grid(2, 2, 2 * side + 0.4, side)
     shares = _shares(counts)
     titles = ("counts", "share of each true class, %")
     for axis, title, numbers in zip(axes, titles, (counts, 100 * shares), strict=True):
@@ -439,14 +453,8 @@ def confusion(matrix: Sequence[Any], class_names: Sequence[str] | None) -> Figur
 def _confusion_per_label(counts: Any, class_names: Sequence[str] | None) -> Figure:
     names = _names(class_names, len(counts))
     shown = min(len(names), MAX_LABELS)
-    from matplotlib.figure import Figure
-
     columns = min(4, shown)
-    rows = -(-shown // columns)
-    figure = Figure(figsize=(2.5 * columns, 2.7 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[shown:]:
-        axis.set_axis_off()
+    figure, axes = _grid(shown, columns, 2.5 * columns, 2.7)
     for axis, name, matrix in zip(axes, names, counts, strict=False):
         _matrix(axis, _shares(matrix), matrix, ["no", "yes"], name)
     return figure
@@ -454,9 +462,7 @@ def _confusion_per_label(counts: Any, class_names: Sequence[str] | None) -> Figu
 
 def _matrix(axis: Axes, shares: Any, numbers: Any, names: Sequence[str], title: str) -> None:
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axis.set_title(_plain(title), loc="left", fontsize=11, color=INK)
-    axis.set_xlabel("predicted", fontsize=9, color=MUTED)
-    axis.set_ylabel("true", fontsize=9, color=MUTED)
+    _name(axis, title, "predicted", "true")
     axis.tick_params(colors=MUTED, labelsize=8.5, length=0)
     axis.spines[:].set_visible(False)
     every = max(1, len(names) // 25)
@@ -517,9 +523,7 @@ def predicted(
             low, high = min(x.min(), y.min()), max(x.max(), y.max())
             axis.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle="--")
         title = "predicted against true" if len(axes) == 1 else names[index]
-        axis.set_title(_plain(title), loc="left", fontsize=11, color=INK)
-        axis.set_xlabel("true", fontsize=9, color=MUTED)
-        axis.set_ylabel("predicted", fontsize=9, color=MUTED)
+        _name(axis, title, "true", "predicted")
         axis.set_aspect("equal", adjustable="box")
     return figure
 

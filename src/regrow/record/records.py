@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType, UnionType
+from types import UnionType
 from typing import Any, Literal
 
 from regrow.errors import UserError, brief
@@ -61,11 +61,9 @@ def create(outputs: Path, name: str, now: datetime | None = None) -> Path:
         stamp = f"{now or datetime.now():%Y-%m-%d_%H-%M-%S}"
         suffix = "".join(secrets.choice(_SUFFIX) for _ in range(4))
         folder = parent / f"{stamp}-{suffix}"
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir()  # atomic; a check beforehand would race
-        except FileExistsError:
-            continue
-        return folder
+            return folder
 
 
 def link_latest(folder: Path, runs: Path) -> None:
@@ -238,12 +236,7 @@ class Lock:
     def __enter__(self) -> Lock:
         return self.acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -321,7 +314,15 @@ def as_json(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return the content of a JSON file. Raises OSError, or ValueError if it is damaged."""
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def read_damaged(
@@ -418,7 +419,7 @@ def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                values = json.loads(line)
+                values = _parsed(line)
             except ValueError:
                 values = None
             if isinstance(values, dict) and isinstance(values.get("step"), int):

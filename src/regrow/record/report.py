@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from regrow.dotted import Checked, walk
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.record import by_class, fitting, logged_images, manifest, moved, pages, pictures, plots
 from regrow.record.plots import Panel
 from regrow.record.records import (
@@ -26,7 +27,6 @@ from regrow.record.records import (
     by_set,
     load_status,
     load_summary,
-    read_json,
     read_metrics,
     refuse_links,
     sets_of,
@@ -131,7 +131,7 @@ def load(folder: Path) -> Run:
     if not is_run(folder):
         raise UserError(f"{folder} holds no run: neither {METRICS} nor {STATUS} is there.")
     facts, config = manifest.read(folder), moved.in_config(_mapping(folder / "config.yaml"))
-    overrides = _read(folder / ".hydra" / "overrides.yaml")
+    overrides = _yaml(folder / ".hydra" / "overrides.yaml")
     name = str(config.get("name") or folder.resolve().parent.name)
     status = load_status(folder) or {}
     return Run(
@@ -169,22 +169,20 @@ def natural(text: str) -> tuple[int, str]:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    value = _read(path)
+    value = _yaml(path)
     return value if isinstance(value, dict) else {}
 
 
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".yaml":
-            import yaml
+def _yaml(path: Path) -> Any:
+    import yaml
 
-            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-            return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-        return read_json(path)
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except (OSError, ValueError):
         return None
-    except Exception as error:  # YAML errors, without importing yaml to name them
-        return {"unreadable": f"{path.name}: {' '.join(str(error).split())}"}
+    except Exception as error:  # YAML's own, or of a foreign file that nests too deep
+        return {"unreadable": f"{path.name}: {brief(error)}"}
 
 
 # -- a run's page ----------------------------------------------------------------------------------
@@ -239,10 +237,10 @@ def _write(
         "run": run,
         "tags": _tags(run),
         "header": ["metric", *run.sets],
-        "whole": [[_short(row[0]), *row[1:]] for row in whole],
+        "whole": [[plots.elided(row[0], LONGEST_NAME), *row[1:]] for row in whole],
         "lacks_metrics": lacks_metrics,
         "older": _older_results(run),
-        "per_class": [[_short(row[0]), *row[1:]] for row in shown],
+        "per_class": [[plots.elided(row[0], LONGEST_NAME), *row[1:]] for row in shown],
         "lacks_classes": lacks_classes,
         "noun": by_class.noun(names),
         "values": _file_of_values(run, path),
@@ -259,13 +257,10 @@ def _write(
     return path
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-
-
 def _tags(run: Run) -> list[str]:
     tags = run.config.get("tags") or []
-    found, more = [_short(str(tag)) for tag in tags[:MOST_TAGS]], len(tags) - MOST_TAGS
+    found = [plots.elided(str(tag), LONGEST_NAME) for tag in tags[:MOST_TAGS]]
+    more = len(tags) - MOST_TAGS
     return [*found, f"and {more:,} more, in config.yaml"] if more > 0 else found
 
 
@@ -322,8 +317,8 @@ def _fitted(folder: Path, charts: list[Any], content: Mapping[str, Any]) -> dict
 
 def _by_rank(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the first of each group, then the second ones, and so on."""
-    ranked = [(rank, it) for its in groups for rank, it in enumerate(its)]
-    return [it for _, it in sorted(ranked, key=lambda pair: pair[0])]
+    ranks = itertools.zip_longest(*groups)
+    return [it for rank in ranks for it in rank if it is not None]
 
 
 def _more(images: Sequence[Mapping[str, Any]], count: int, place: str) -> str:
@@ -339,7 +334,6 @@ def _more(images: Sequence[Mapping[str, Any]], count: int, place: str) -> str:
 
 
 _CAPTIONS = {
-    "learning": "",
     "confusion": "Rows are the true classes; colour is the share of the row.",
     "predicted": "The dashed line is where predicted equals true.",
     "examples": "The first examples, as the model sees them.",

@@ -47,8 +47,8 @@ def write_page(
     )
     short = pages.short_names(keys)
     varied = [key for key in keys if key not in REPEATS]
-    compared = {row.job for its in comparison.settings for row in its.rows}
-    done = [row for row in comparison.rows if row.job in compared]  # in the order of the jobs
+    counted = {row.job for row in comparison.counted}
+    done = [row for row in comparison.rows if row.job in counted]  # in the order of the jobs
     texts = _setting_texts(comparison.rows, short)
     settings = None
     if comparison.settings:
@@ -159,9 +159,12 @@ def _best(
         row.job: label_of({k: row.swept[k] for k in REPEATS if k in row.swept}) for row in rows
     }
     runs = [
-        (f"{repeats[row.job] or labels[row.job]} ({shown(v)})", _href(row.run, start))
+        (
+            f"{repeats[row.job] or labels[row.job]} ({shown(comparison.values[row.job])})",
+            _href(row.run, start),
+        )
         for row in rows
-        if row.run is not None and (v := row.value(comparison.metric)) is not None
+        if row.run is not None
     ]
     return {
         "setting": texts[rows[0].job] or setting.label,
@@ -235,11 +238,11 @@ def _scatter(
     """Return a plot per parameter, with a dot for each run."""
     if len(done) < 2:
         return None
-    values = [row.value(comparison.metric) or 0.0 for row in done]
+    values = [comparison.values[row.job] for row in done]
+    names = [labels[row.job] for row in done]
     panels = []
     for key in varied[:MOST_PARAMETERS]:
         axis = axis_of([row.swept.get(key) for row in done], key)
-        names = [labels[row.job] for row in done]
         dots = Line(
             comparison.metric, axis.places, values, COLOURS[0], is_scatter=True, labels=names
         )
@@ -265,10 +268,10 @@ def _parallel(
     if len(varied) < 2 or len(done) < 2:
         return None
     if len(done) > MOST_RUNS:
-        done = [row for its in comparison.settings for row in its.rows][:MOST_RUNS]
-    values = {row.job: row.value(comparison.metric) or 0.0 for row in done}
+        done = comparison.counted[:MOST_RUNS]
+    values = comparison.values
     axes = [axis_of([row.swept.get(key) for row in done], key) for key in varied]
-    axes.append(Axis([*values.values()], (), False))
+    axes.append(Axis([values[row.job] for row in done], (), False))
     names = [*(short[key] for key in varied), comparison.metric]
     top, bottom = HEIGHT
     apart = max(150, min(380, 1100 // len(axes)))
@@ -295,7 +298,7 @@ def _parallel(
     drawn = [
         {
             "x": x,
-            "name": name if len(name) <= 20 else f"{name[:19]}…",
+            "name": plots.elided(name, 20),
             "ticks": [(y(axis, place), text) for place, text in _ticks(axis)],
         }
         for x, name, axis in zip(xs, names, axes, strict=True)
@@ -308,7 +311,7 @@ def _ticks(axis: Axis) -> list[tuple[float, str]]:
     if axis.names:
         every = math.ceil(len(axis.names) / 16)
         return [
-            (index, name if len(name) <= 18 else f"{name[:17]}…")
+            (index, plots.elided(name, 18))
             for index, name in enumerate(axis.names)
             if index % every == 0
         ]
@@ -350,11 +353,7 @@ def _curves(
     sets = [*dict.fromkeys([*chosen, *(it for r in runs for it in r.sets if it not in r.final)])]
     one_each = len({named[row.job] for row in rows}) == len(rows)
     drawn = [
-        (
-            labels[row.job],
-            labels[row.job] if one_each else named[row.job],
-            its,
-        )
+        (labels[row.job], labels[row.job] if one_each else named[row.job], its)
         for row, its in zip(rows, (run.lines for run in runs), strict=True)
     ]
     panels = plots.overlay(drawn, names[: plots.PANELS], sets)
