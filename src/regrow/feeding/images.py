@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -25,10 +25,8 @@ from regrow.feeding.decoding import (
     centred,
     formats_for,
     load,
-    scaled,
-    scaled_size,
-    sides,
     to_tensor,
+    uncropped,
 )
 from regrow.feeding.files import (
     LeftOut,
@@ -55,8 +53,6 @@ from regrow.feeding.splits import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-AnImage = TypeVar("AnImage", "Image", Tensor, "Image | Tensor")
 
 
 class Resized(Protocol):
@@ -104,8 +100,13 @@ class ImageFiles:
         return augmented_by(self.transform, image)
 
     def _load(self, file: str, decoder: str, content: bytes | None = None) -> Image | Tensor:
-        how = {"exif_orientation": self.exif_orientation, "decoder": decoder, "content": content}
-        return load(file, self.channels, **how)  # type: ignore[arg-type]
+        return load(
+            file,
+            self.channels,
+            exif_orientation=self.exif_orientation,
+            decoder=decoder,
+            content=content,
+        )
 
     def decoded(self, file: str) -> Image | Tensor:
         """Return a file's image as `transform` takes it. Raises BrokenImage, DataError, OSError."""
@@ -121,10 +122,7 @@ class ImageFiles:
 
         Without `resize`, the image is scaled to `size`.
         """
-        image = self._load(file, self.decoder, content)
-        if self.resize is None:
-            return scaled(image, (self.size[0], self.size[1]))
-        return scaled(image, scaled_size(*sides(image), self.resize))
+        return uncropped(self._load(file, self.decoder, content), self.size, self.resize)
 
     def subset(self, indices: Tensor) -> ImageFiles:
         chosen = indices.tolist()
