@@ -16,10 +16,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from regrow.config.class_folders import classes_in_words, formats_by_suffix, is_hidden, suffixes_of
+from regrow.config.rules import require
 from regrow.errors import DataError, UserError, listed
 from regrow.feeding.decoding import (
     AUTO,
-    DECODERS,
     NUM_LOOKED_AT,
     OF_FRAMES,
     augmented_by,
@@ -211,7 +211,7 @@ def image_folder(
     channels, size, side = check_size(input_shape, resize)
     if identity not in ("contents", "ends"):
         raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
-    check_decoder(decoder)
+    require("data.source.decoder", decoder)
     reading = Reading(extensions, tuple(leave_out), exif_orientation, decoder)
     folder, left_out = root_of(root, reading)
     inside = _folders(folder, reading)
@@ -386,12 +386,6 @@ def check_size(
             f"data.input_shape. Use {max(size)} or more."
         )
     return channels, size, resize
-
-
-def check_decoder(decoder: str) -> None:
-    """Raise UserError for an unknown decoder."""
-    if decoder not in DECODERS:
-        raise UserError(f"data.source.decoder={decoder} is not one of {', '.join(DECODERS)}.")
 
 
 def group_of(path: Path, depth: int, whole: Path) -> str:
