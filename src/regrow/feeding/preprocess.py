@@ -157,10 +157,7 @@ class Preprocessing:
             given = _of_frame(given, self.columns)
         values = as_tensor(given, what)
         array = self._batched(values.numpy(), what)
-        for start in range(0, len(array), batch_size):
-            part = self._part(array[start : start + batch_size], what, start)
-            rows = range(start, start + len(part))
-            yield [labels[row] if labels else str(row) for row in rows], part
+        yield from self._parts(array, what, batch_size, labels)
 
     def _raw(
         self, given: str | Path, batch_size: int, broken: list[str] | None
@@ -180,10 +177,7 @@ class Preprocessing:
             if broken and len(broken) == len(files):
                 raise DataError(f"input={path}: none of its {len(files):,} images can be read.")
         elif suffix == ".npy":
-            array = self._array(path)
-            for start in range(0, len(array), batch_size):
-                part = self._part(np.asarray(array[start : start + batch_size]), str(path), start)
-                yield [str(start + row) for row in range(len(part))], part
+            yield from self._parts(self._array(path), str(path), batch_size)
         elif suffix in (".csv", ".tsv", ".txt"):
             self._must_be("table", path)
             columns = self.columns
@@ -193,10 +187,7 @@ class Preprocessing:
                     f"{self.shape[0]}) instead."
                 )
             table = read_table(path, self.delimiter, columns, [], is_fixed=True)
-            rows = torch.from_numpy(table.features)
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                yield [str(start + row) for row in range(len(part))], part
+            yield from self._parts(table.features, str(path), batch_size)
         else:
             raise UserError(
                 f"input={path}: not a known kind. Use an image, a folder of images, .npy or .csv."
@@ -276,6 +267,15 @@ class Preprocessing:
         if array.ndim == 0 or len(array) == 0:
             raise DataError(f"{what} holds no examples: its shape is {array.shape}.")
         return array
+
+    def _parts(
+        self, array: npt.NDArray[Any], what: str, batch_size: int, labels: list[str] | None = None
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield names and rows, batch by batch; the names are the `labels`, or numbers from 0."""
+        for start in range(0, len(array), batch_size):
+            part = self._part(np.asarray(array[start : start + batch_size]), what, start)
+            rows = range(start, start + len(part))
+            yield [labels[row] if labels else str(row) for row in rows], part
 
     def _part(self, array: npt.NDArray[Any], what: str, start: int) -> Tensor:
         shape = tuple(self.shape)
