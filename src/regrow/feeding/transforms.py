@@ -118,9 +118,9 @@ class Transformed:
         for transform in self.transforms:
             found = applied(transform, found, key=key, advice=advice)
         if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.ndim != 3:
-            given = f"{found.dtype} of shape {list(found.shape)}" if isinstance(
-                found, Tensor
-            ) else type(found).__name__  # fmt: skip
+            given = type(found).__name__
+            if isinstance(found, Tensor):
+                given = f"{found.dtype} of shape {list(found.shape)}"
             names = ", ".join(type(transform).__name__ for transform in self.transforms)
             raise DataError(
                 f"data.augmentation and data.transforms ({names}) must return uint8 images (C, H, "
@@ -136,9 +136,9 @@ class Transformed:
 
 def _scaled(image: Tensor, factor: float) -> Tensor:
     """Return uint8 pixels times a factor, rounded."""
-    return (
-        image if factor == 1.0 else (image.float() * factor).round().clamp(max=255).to(torch.uint8)
-    )
+    if factor == 1.0:
+        return image
+    return (image.float() * factor).round().clamp(max=255).to(torch.uint8)
 
 
 class Epochs:
@@ -149,9 +149,8 @@ class Epochs:
     """
 
     def __init__(self) -> None:
-        self._last: dict[
-            int, tuple[Any, int]
-        ] = {}  # holds the object, so that its id stays its own
+        # It holds the object too, so that its id stays its own.
+        self._last: dict[int, tuple[Any, int]] = {}
 
     def __reduce__(self) -> tuple[type[Epochs], tuple[()]]:
         return Epochs, ()  # the ids are those of this process
