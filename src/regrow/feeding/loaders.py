@@ -261,15 +261,10 @@ class Data:
         self.check_cache()
         source, splits = self.source, dict(self.source.items())
         images = [split for split in splits.values() if isinstance(split, ImageFiles)]
-        found = dict(zip(splits, keep_resized(images, cache_root, max_gb), strict=True))
-        sets = {name: found[name] for name in source.sets}
-        return dataclasses.replace(
-            source,
-            train=found["train"],
-            val=found.get("val"),
-            test=found.get("test"),
-            sets=sets,
-        )
+        kept = keep_resized(images, cache_root, max_gb)
+        found: dict[str, Any] = dict(zip(splits, kept, strict=True))
+        sets = {name: found.pop(name) for name in source.sets}
+        return dataclasses.replace(source, **found, sets=sets)
 
     @property
     def notes(self) -> list[str]:
