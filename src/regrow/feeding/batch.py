@@ -132,6 +132,11 @@ def _parts(name: str, value: object) -> Inputs:
     return found
 
 
+def dtype_of(values: Tensor) -> str:
+    """Return the name of a tensor's type, such as uint8."""
+    return str(values.dtype).removeprefix("torch.")
+
+
 def described(value: object) -> str:
     if isinstance(value, Mapping):
         return f"a mapping with keys {sorted(map(str, value))}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from regrow.config import older
 from regrow.config.class_folders import suffixes_of
 from regrow.errors import DataError, UserError, brief, listed
-from regrow.feeding.batch import each
+from regrow.feeding.batch import dtype_of, each
 from regrow.feeding.decoding import (
     DECODERS,
     BrokenImage,
@@ -289,7 +289,7 @@ class Preprocessing:
             raise DataError(f"{what}, row {start + row}: a value is NaN or infinite.")
         if self.kind == "integer" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise DataError(
-                f"{what}: values of type {str(tensor.dtype).removeprefix('torch.')}, this run's "
+                f"{what}: values of type {dtype_of(tensor)}, this run's "
                 "model takes integers. Save an array of integers."
             )
         if self.input_shape is None:
@@ -414,7 +414,7 @@ class Normalizer:
         if inputs.dtype != torch.uint8:
             raise UserError(
                 "data.normalize is for uint8 images, and this data set gives "
-                f"{str(inputs.dtype).removeprefix('torch.')}. Use none, and normalise in it."
+                f"{dtype_of(inputs)}. Use none, and normalise in it."
             )
         return self.image(inputs)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from regrow.config.own_code import own_place
 from regrow.config.targets import SHOWS_ALL
 from regrow.errors import DataError, UserError, brief, machine_fault
+from regrow.feeding.batch import dtype_of
 from regrow.feeding.sampling import MOST_WAYS
 from regrow.feeding.splits import Examples
 from regrow.protocols import Store
@@ -55,8 +56,7 @@ def applied(transform: Callable[..., Any], *given: Any, key: str, advice: str) -
 
 def _kind(given: Any) -> str:
     if type(given) is Tensor:
-        dtype = str(given.dtype).removeprefix("torch.")
-        return f"a {dtype} tensor of shape {list(given.shape)}"
+        return f"a {dtype_of(given)} tensor of shape {list(given.shape)}"
     of_pillow = type(given).__module__.partition(".")[0] == "PIL"
     return "a PIL image" if of_pillow else f"a {type(given).__name__}"
 
