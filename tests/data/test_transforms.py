@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_drawing import joined
 from test_files import SMALL, Noisy, of_ones_own
+from test_mixing import batches_of
 from torch import Tensor
 
 from regrow.errors import DataError, UserError
@@ -30,17 +30,6 @@ V2 = "torchvision.transforms.v2"
 RAND = f"{{_target_: {V2}.RandAugment, magnitude: 15}}"
 ERASE = f"{{_target_: {V2}.RandomErasing, p: 0.7}}"
 MIX = "mixing={_target_: lab.data.augment.MixUp, alpha: 1.0}"
-
-
-def batches_of(
-    data: Data, epoch: int = 1, world_size: int = 1, start: int = 0
-) -> list[LoadedBatch]:
-    ranks = [
-        list(data.train(device=CPU, rank=rank, world_size=world_size).epoch(epoch, start))
-        for rank in range(world_size)
-    ]
-    data.close()
-    return [joined(parts) for parts in zip(*ranks, strict=True)]
 
 
 @pytest.fixture(params=["memory", "crops", "files", "mixed"])
