@@ -201,11 +201,11 @@ def test_data_that_transforms_do_not_fit_is_an_error_of_one_line(make_data: Make
         make_data("digit_scenes", rand, "ignore_index=255")
     with pytest.raises(UserError, match="does not fit float64 inputs of shape"):
         make_data("diabetes", rand)
-    with pytest.raises(UserError, match="does not reach into a data set of your own"):
-        of_ones_own(Noisy(13, 0), transforms=[{"_target_": f"{V2}.RandomErasing"}])
     with pytest.raises(UserError, match="value=random draws numbers near 0"):
         make_data("digits", f"transforms=[{{_target_: {V2}.RandomErasing, value: random}}]")
     make_data("digits", f"transforms=[{{_target_: {V2}.RandomErasing, value: 3}}]")
+    with pytest.raises(UserError, match="does not reach into a data set of your own"):
+        of_ones_own(Noisy(13, 0), transforms=[{"_target_": f"{V2}.RandomErasing"}])
     with pytest.raises(UserError, match="cannot be called with an image"):
         of_ones_own(images(), input_shape=[3, 4, 4], transforms=[3])
     floats = Transformed([(torch.ones(3, 4, 4, dtype=torch.uint8), 0)], [Tensor.float], 255.0)
