@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_drawing import joined
 from test_files import SMALL, Noisy, of_ones_own
+from test_mixing import batches_of
 from torch import Tensor
 
 from regrow.errors import DataError, UserError
@@ -30,17 +30,6 @@ V2 = "torchvision.transforms.v2"
 RAND = f"{{_target_: {V2}.RandAugment, magnitude: 15}}"
 ERASE = f"{{_target_: {V2}.RandomErasing, p: 0.7}}"
 MIX = "mixing={_target_: lab.data.augment.MixUp, alpha: 1.0}"
-
-
-def batches_of(
-    data: Data, epoch: int = 1, world_size: int = 1, start: int = 0
-) -> list[LoadedBatch]:
-    ranks = [
-        list(data.train(device=CPU, rank=rank, world_size=world_size).epoch(epoch, start))
-        for rank in range(world_size)
-    ]
-    data.close()
-    return [joined(parts) for parts in zip(*ranks, strict=True)]
 
 
 @pytest.fixture(params=["memory", "crops", "files", "mixed"])
@@ -212,11 +201,11 @@ def test_data_that_transforms_do_not_fit_is_an_error_of_one_line(make_data: Make
         make_data("digit_scenes", rand, "ignore_index=255")
     with pytest.raises(UserError, match="does not fit float64 inputs of shape"):
         make_data("diabetes", rand)
-    with pytest.raises(UserError, match="does not reach into a data set of your own"):
-        of_ones_own(Noisy(13, 0), transforms=[{"_target_": f"{V2}.RandomErasing"}])
     with pytest.raises(UserError, match="value=random draws numbers near 0"):
         make_data("digits", f"transforms=[{{_target_: {V2}.RandomErasing, value: random}}]")
     make_data("digits", f"transforms=[{{_target_: {V2}.RandomErasing, value: 3}}]")
+    with pytest.raises(UserError, match="does not reach into a data set of your own"):
+        of_ones_own(Noisy(13, 0), transforms=[{"_target_": f"{V2}.RandomErasing"}])
     with pytest.raises(UserError, match="cannot be called with an image"):
         of_ones_own(images(), input_shape=[3, 4, 4], transforms=[3])
     floats = Transformed([(torch.ones(3, 4, 4, dtype=torch.uint8), 0)], [Tensor.float], 255.0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,32 +30,20 @@ def each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     return tuple(function(value) for value in inputs)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class LoadedBatch:
-    """Inputs (B, …), targets (B, …) and weights (B,), None for all one, on the device.
+    """One process's part of a window of examples, on the device.
 
-    `num_local` counts the real examples in it, `num_global` those of the whole window over all
-    processes. A process without an example gets one of weight zero, so that its forward and
-    backward pass take part in the collectives: `num_local` is then 0. `first` is the position of
-    the first example in the window.
+    A process without an example gets one of weight zero, so that its forward and backward pass take
+    part in the collectives.
     """
 
-    __slots__ = ("first", "inputs", "num_global", "num_local", "targets", "weights")
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        targets: Targets,
-        weights: Tensor | None,
-        num_local: int,
-        num_global: int,
-        first: int = 0,
-    ) -> None:
-        self.inputs = inputs
-        self.targets = targets
-        self.weights = weights
-        self.num_local = num_local
-        self.num_global = num_global
-        self.first = first
+    inputs: Inputs  # (B, …)
+    targets: Targets  # (B, …)
+    weights: Tensor | None  # (B,); None for all one
+    num_local: int  # real examples in it
+    num_global: int  # examples of the window, over all processes
+    first: int = 0  # position of the first example in the window
 
     def split(self, slices: int) -> list[LoadedBatch]:
         """Return `slices` micro-batches of nearly equal size; an empty one gets weight zero."""
@@ -134,15 +123,18 @@ def _parts(name: str, value: object) -> Inputs:
     """Return a tensor, or a tuple or dict of tensors. Raises TypeError for anything else."""
     if isinstance(value, Tensor):
         return value
-    found: Any = dict(value) if isinstance(value, Mapping) else value
-    if isinstance(value, list | tuple):
-        found = tuple(value)
-    if not isinstance(found, dict | tuple) or not found:
+    if not isinstance(value, Mapping | list | tuple) or not value:
         raise TypeError(f"a pair whose {name} are {described(value)}, not tensors")
-    for part in found.values() if isinstance(found, dict) else found:
+    found = cast(Inputs, dict(value) if isinstance(value, Mapping) else tuple(value))
+    for part in parts_of(found):
         if not isinstance(part, Tensor):
             raise TypeError(f"a pair whose {name} hold {described(part)}, not tensors")
-    return cast(Inputs, found)
+    return found
+
+
+def dtype_of(values: Tensor) -> str:
+    """Return the name of a tensor's type, such as uint8."""
+    return str(values.dtype).removeprefix("torch.")
 
 
 def described(value: object) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError, UserError, listed
+from regrow.feeding.batch import dtype_of
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.items import out_of_range, outside
 from regrow.feeding.mixing import Mix, refuse_integers
@@ -69,10 +70,10 @@ class DataChecks:
                     "and set data.augmentation=null."
                 )
         elif train.inputs.dtype != torch.uint8 or not hasattr(augmentation, "store"):
-            kind = str(train.inputs.dtype).removeprefix("torch.")
             raise UserError(
-                f"data.augmentation={type(augmentation).__name__} does not fit {kind} inputs of "
-                f"shape {self.input_shape} in memory. Use CropFlip for images, or null."
+                f"data.augmentation={type(augmentation).__name__} does not fit "
+                f"{dtype_of(train.inputs)} inputs of shape {self.input_shape} in memory. Use "
+                "CropFlip for images, or null."
             )
         elif self.target_kind == "segmentation":
             if not getattr(augmentation, "only_moves_pixels", False):
@@ -112,10 +113,10 @@ class DataChecks:
                     "'data.transforms=[]'."
                 )
         elif train.inputs.dtype != torch.uint8 or train.inputs.ndim != 4:
-            kind = str(train.inputs.dtype).removeprefix("torch.")
             raise UserError(
-                f"{key} does not fit {kind} inputs of shape {self.input_shape} in memory, since "
-                "it takes uint8 images. Use data.augmentation=null and 'data.transforms=[]'."
+                f"{key} does not fit {dtype_of(train.inputs)} inputs of shape {self.input_shape} "
+                "in memory, since it takes uint8 images. Use data.augmentation=null and "
+                "'data.transforms=[]'."
             )
         for transform in transforms:
             if type(transform).__name__ == "RandomErasing" and transform.value is None:
@@ -159,15 +160,14 @@ class DataChecks:
                 f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
                 f"{found}{what}. Set 'data.input_shape=[{','.join(map(str, found))}]'."
             )
-        train = self.source.train
-        types = [it.inputs.dtype for it in (split, train) if isinstance(it, Examples)]
-        has_floats = any(it.is_floating_point for it in types)
-        if split.inputs.ndim == 4 and torch.uint8 in types and has_floats:
-            of_split, of_train = (str(it).removeprefix("torch.") for it in types)
-            raise DataError(
-                f"split {name} holds images of {of_split}, and train of {of_train}: one "
-                "normalisation does not fit both. Give them in one type and range."
-            )
+        if isinstance(train := self.source.train, Examples) and split.inputs.ndim == 4:
+            types = {split.inputs.dtype, train.inputs.dtype}
+            if torch.uint8 in types and any(it.is_floating_point for it in types):
+                raise DataError(
+                    f"split {name} holds images of {dtype_of(split.inputs)}, and train of "
+                    f"{dtype_of(train.inputs)}: one normalisation does not fit both. Give them in "
+                    "one type and range."
+                )
         if len(split.targets) != len(split.inputs):
             raise DataError(
                 f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
@@ -198,11 +198,10 @@ class DataChecks:
         images, masks = split.inputs, split.targets
         fits = images.ndim == 4 and masks.shape == (len(images), *images.shape[2:])
         if not fits or masks.is_floating_point():
-            kind = str(masks.dtype).removeprefix("torch.")
             raise DataError(
-                f"split {name}: {kind} targets of shape {list(masks.shape)} for inputs of shape "
-                f"{list(images.shape)}. Segmentation takes class indices (N, H, W) of images "
-                "(N, C, H, W)."
+                f"split {name}: {dtype_of(masks)} targets of shape {list(masks.shape)} for inputs "
+                f"of shape {list(images.shape)}. Segmentation takes class indices (N, H, W) of "
+                "images (N, C, H, W)."
             )
 
     def _check_classes(self, name: str, targets: Tensor) -> None:

@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +18,14 @@ from torch import Tensor
 
 from regrow.config.class_folders import NOT_READ, OPENED_AS, formats_by_suffix
 from regrow.errors import DataError, brief
-from regrow.feeding.files import (
-    shown,
-    unreadable,
-)
+from regrow.feeding.files import shown, unreadable
 from regrow.feeding.transforms import applied
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 AnImage = TypeVar("AnImage", "Image", Tensor, "Image | Tensor")
+Decode = Callable[[Tensor, int, bool], Tensor]  # torchvision's operator: bytes, mode, upright
 
 # Formats that often hold several frames, of which the first is read.
 OF_FRAMES = frozenset({"AVIF", "DCX", "FLI", "GIF", "MPO", "PSD", "TIFF", "WEBP"})
@@ -61,7 +59,7 @@ def formats_for(suffix: str) -> tuple[str, ...]:
 
 
 def load_image(
-    path: str | Path, channels: int, *, exif_orientation: bool, content: IO[bytes] | None = None
+    path: str | Path, channels: int, *, exif_orientation: bool, content: bytes | None = None
 ) -> Image:
     """Return the first frame as a PIL image in grey (1 channel) or RGB (3), upright on request.
 
@@ -72,7 +70,8 @@ def load_image(
     from PIL import Image
 
     formats = formats_for(Path(path).suffix.lower())
-    with opened(path), Image.open(path if content is None else content, formats=formats) as file:
+    source = path if content is None else io.BytesIO(content)
+    with opened(path), Image.open(source, formats=formats) as file:
         return _converted(file, channels, exif_orientation=exif_orientation)
 
 
@@ -154,27 +153,24 @@ def load(
     times faster. Pillow decodes all other files, and those that torchvision refuses. `content` is
     read in place of the file. Raises DataError.
     """
-    how = {"exif_orientation": exif_orientation}
-    if decoder == "torchvision" and jpeg_decoder() is not None:
-        with opened(path), _stream(path, content) as file:
-            encoded = file.read(2)
-            encoded += file.read() if encoded == OF_JPEG else b""
+    decode = jpeg_decoder() if decoder == "torchvision" else None
+    if decode is not None:
+        encoded = content or b""
+        if content is None:
+            with opened(path), Path(path).open("rb") as file:
+                encoded = file.read(2)
+                encoded += file.read() if encoded == OF_JPEG else b""
         if encoded.startswith(OF_JPEG):
             with contextlib.suppress(Exception):  # Pillow decodes it, or says why it cannot
-                pixels = _jpeg(path, encoded, channels, **how)
+                pixels = _jpeg(path, encoded, channels, decode, exif_orientation=exif_orientation)
                 if pixels is not None:
                     return pixels
-    stream = None if content is None else io.BytesIO(content)
-    image = load_image(path, channels, content=stream, **how)
+    image = load_image(path, channels, exif_orientation=exif_orientation, content=content)
     return image if decoder == "pillow" else pixels_of(image)
 
 
-def _stream(path: str | Path, content: bytes | None) -> IO[bytes]:
-    return Path(path).open("rb") if content is None else io.BytesIO(content)
-
-
 def _jpeg(
-    path: str | Path, content: bytes, channels: int, *, exif_orientation: bool
+    path: str | Path, content: bytes, channels: int, decode: Decode, *, exif_orientation: bool
 ) -> Tensor | None:
     """Return the pixels of a JPEG, or None for a kind that torchvision may decode differently.
 
@@ -182,8 +178,6 @@ def _jpeg(
     """
     from PIL import Image
 
-    decode = jpeg_decoder()
-    assert decode is not None
     formats = formats_for(Path(path).suffix.lower())
     with Image.open(io.BytesIO(content), formats=formats) as file:
         # CMYK is converted in another way. So is grey from colours, which would be the Y of YCbCr.
@@ -197,7 +191,7 @@ def _jpeg(
 
 
 @functools.cache
-def jpeg_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
+def jpeg_decoder() -> Decode | None:
     """Return torchvision's decoder of JPEGs; None without it.
 
     That is the operator of its library. Its function in Python, `decode_jpeg`, is deprecated and
@@ -210,7 +204,7 @@ def jpeg_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
         with contextlib.suppress(OSError, AttributeError):
             if path.exists():
                 torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-                decode: Callable[[Tensor, int, bool], Tensor] = torch.ops.image.decode_jpeg
+                decode: Decode = torch.ops.image.decode_jpeg
                 return decode
     return None
 
@@ -258,10 +252,15 @@ def fit(
     With `resize`, the shorter side is scaled to it and the centre is cropped. The pixels are the
     same as from torchvision's Resize and CenterCrop on a PIL image, or on a tensor.
     """
-    height, width = size
-    if resize is None:
-        return scaled(image, (height, width), nearest=nearest)
-    return centred(scaled(image, scaled_size(*sides(image), resize), nearest=nearest), size)
+    return centred(uncropped(image, size, resize, nearest=nearest), size)
+
+
+def uncropped(
+    image: AnImage, size: Sequence[int], resize: int | None, *, nearest: bool = False
+) -> AnImage:
+    """Return what `fit` crops: the shorter side is `resize`, or without it, all is scaled."""
+    height, width = size if resize is None else scaled_size(*sides(image), resize)
+    return scaled(image, (height, width), nearest=nearest)
 
 
 def sides(image: Image | Tensor) -> tuple[int, int]:
@@ -293,6 +292,8 @@ def scaled(image: AnImage, size: tuple[int, int], *, nearest: bool = False) -> A
 def centred(image: AnImage, size: Sequence[int]) -> AnImage:
     """Return the centre (H, W), as torchvision's CenterCrop rounds."""
     height, width = size
+    if sides(image) == (height, width):
+        return image
     top, left = (round((its - wanted) / 2) for its, wanted in zip(sides(image), size, strict=True))
     if isinstance(image, Tensor):
         return image[:, top : top + height, left : left + width]

@@ -19,8 +19,7 @@ from regrow.feeding.batch import LoadedBatch, each, parts_of, sent
 from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.items import BrokenItem, Collate, SeededItems
-from regrow.feeding.mixing import Pairs
-from regrow.feeding.mixing import single as alone
+from regrow.feeding.mixing import Pairs, one_tensor
 from regrow.feeding.preprocess import Normalizer, rounding, single
 from regrow.feeding.sampling import Windows, rows_of
 from regrow.feeding.splits import Examples, MapStyle
@@ -39,9 +38,8 @@ from regrow.randomness import generator
 
 log = logging.getLogger("regrow.data")
 
-Order = (
-    Tensor | BlockOrder | FileOrder
-)  # an epoch's examples; a part of one window is read at a time
+# An epoch's examples; a part of one window is read at a time.
+Order = Tensor | BlockOrder | FileOrder
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
 RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
@@ -283,7 +281,7 @@ class FileFeed:
         if pairs is None:
             return batch
         size = share.stop - share.start
-        pixels, soft, weights = alone(batch.inputs), alone(batch.targets), batch.weights
+        pixels, soft, weights = one_tensor(batch.inputs), one_tensor(batch.targets), batch.weights
         slots = sent(slots, self.device)
         choices = sent(pairs.choices[share.start : share.stop], self.device)
         own = pixels[:size], soft[:size], None if weights is None else weights[:size]

@@ -9,26 +9,25 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from regrow.config.class_folders import classes_in_words, formats_by_suffix, is_hidden, suffixes_of
+from regrow.config.rules import require
 from regrow.errors import DataError, UserError, listed
 from regrow.feeding.decoding import (
     AUTO,
-    DECODERS,
     NUM_LOOKED_AT,
     OF_FRAMES,
     augmented_by,
     centred,
     formats_for,
     load,
-    scaled,
-    scaled_size,
-    sides,
     to_tensor,
+    uncropped,
 )
 from regrow.feeding.files import (
     LeftOut,
@@ -55,8 +54,6 @@ from regrow.feeding.splits import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-AnImage = TypeVar("AnImage", "Image", Tensor, "Image | Tensor")
 
 
 class Resized(Protocol):
@@ -104,8 +101,13 @@ class ImageFiles:
         return augmented_by(self.transform, image)
 
     def _load(self, file: str, decoder: str, content: bytes | None = None) -> Image | Tensor:
-        how = {"exif_orientation": self.exif_orientation, "decoder": decoder, "content": content}
-        return load(file, self.channels, **how)  # type: ignore[arg-type]
+        return load(
+            file,
+            self.channels,
+            exif_orientation=self.exif_orientation,
+            decoder=decoder,
+            content=content,
+        )
 
     def decoded(self, file: str) -> Image | Tensor:
         """Return a file's image as `transform` takes it. Raises BrokenImage, DataError, OSError."""
@@ -121,10 +123,7 @@ class ImageFiles:
 
         Without `resize`, the image is scaled to `size`.
         """
-        image = self._load(file, self.decoder, content)
-        if self.resize is None:
-            return scaled(image, (self.size[0], self.size[1]))
-        return scaled(image, scaled_size(*sides(image), self.resize))
+        return uncropped(self._load(file, self.decoder, content), self.size, self.resize)
 
     def subset(self, indices: Tensor) -> ImageFiles:
         chosen = indices.tolist()
@@ -212,7 +211,7 @@ def image_folder(
     channels, size, side = check_size(input_shape, resize)
     if identity not in ("contents", "ends"):
         raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
-    check_decoder(decoder)
+    require("data.source.decoder", decoder)
     reading = Reading(extensions, tuple(leave_out), exif_orientation, decoder)
     folder, left_out = root_of(root, reading)
     inside = _folders(folder, reading)
@@ -294,45 +293,61 @@ def image_folder(
 
     own = {name: read(where) for name, where in folders.items()}
     left_out.check_named(reading.leave_out)
-    keys = _keys(own, root, identity)
+    by_ends = identity == "ends"
+    keys = {name: it.keys() for name, it in own.items()} if by_ends else keys_across(own, root)
     labels = [(file, classes[it]) for split in own.values()
               for file, it in zip(split.files, split.classes, strict=True)]  # fmt: skip
     # Equal ends do not prove that two files are copies.
-    known = [] if identity == "ends" else [key for name in own for key in keys[name]]
-    everything = own.pop("train")
-    all_files = everything.files
-    origins = origins_of(val_fraction, test_fraction, folds, fold, given=own)
+    known = [] if by_ends else [key for name in own for key in keys[name]]
+    notes = (str(left_out), frames(own["train"].files), of_two_classes(labels, known))
+    strata = np.array(own["train"].classes)
+    return completed(
+        *(own, keys, strata, val_fraction, test_fraction, seed, folds, fold),
+        class_names=classes,
+        resize=side,
+        reading=reading,
+        notes=[line for line in notes if line],
+    )
+
+
+def completed(
+    own: Mapping[str, Any],
+    keys: Mapping[str, list[Hashable]],
+    strata: npt.NDArray[Any],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    folds: int | None,
+    fold: int,
+    **facts: Any,
+) -> Splits:
+    """Return the splits of files, with val and test that are not among `own` cut from train.
+
+    `keys` are those of `own`, and `strata` those of train. `facts` are further fields of Splits.
+    """
+    train = own["train"]
+    found, known_keys = dict(own), dict(keys)
     parts = cut(
         keys["train"],
-        np.array(everything.classes),
+        strata,
         val_fraction=0.0 if "val" in own else val_fraction,
         test_fraction=0.0 if "test" in own else test_fraction,
         seed=seed,
         folds=folds,
         fold=fold,
-        groups=everything.groups,
+        groups=train.groups,
     )
-    chosen = {name: part for name, part in zip(NAMES, parts, strict=True) if part is not None}
-    splits = own | {name: everything.subset(part) for name, part in chosen.items()}
-    known_keys = {name: keys[name] for name in own} | {
-        name: [keys["train"][index] for index in part.tolist()] for name, part in chosen.items()
-    }
+    for name, part in zip(NAMES, parts, strict=True):
+        if part is not None:
+            found[name] = train.subset(part)
+            known_keys[name] = [keys["train"][index] for index in part.tolist()]
     return Splits(
-        splits["train"],
-        splits.get("val"),
-        splits.get("test"),
+        *(found["train"], found.get("val"), found.get("test")),
         {name: split for name, split in own.items() if name not in NAMES},
-        class_names=classes,
-        resize=side,
         reads_images=True,
         known_keys=known_keys,
-        origins=origins,
-        reading=reading,
-        notes=[
-            line
-            for line in (str(left_out), frames(all_files), of_two_classes(labels, known))
-            if line
-        ],
+        origins=origins_of(val_fraction, test_fraction, folds, fold, given=own),
+        **facts,
     )
 
 
@@ -371,12 +386,6 @@ def check_size(
             f"data.input_shape. Use {max(size)} or more."
         )
     return channels, size, resize
-
-
-def check_decoder(decoder: str) -> None:
-    """Raise UserError for an unknown decoder."""
-    if decoder not in DECODERS:
-        raise UserError(f"data.source.decoder={decoder} is not one of {', '.join(DECODERS)}.")
 
 
 def group_of(path: Path, depth: int, whole: Path) -> str:
@@ -435,10 +444,8 @@ def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> 
     return find_images(folder, reading, left_out)
 
 
-def _keys(own: Mapping[str, ImageFiles], root: str, identity: str) -> dict[str, list[Hashable]]:
+def keys_across(own: Mapping[str, Any], root: str) -> dict[str, list[Hashable]]:
     """Return a key per file of each split. Copies have equal keys across all splits."""
-    if identity == "ends":
-        return {name: split.keys() for name, split in own.items()}
     keys = iter(keys_of_copies([file for split in own.values() for file in split.files], root))
     return {name: [next(keys) for _ in split.files] for name, split in own.items()}
 

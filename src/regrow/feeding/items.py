@@ -1,7 +1,4 @@
-"""Items of a data set, read with a seed for each example and collated to batches, in any process.
-
-A broken item is a value, since torch would wrap an exception of a worker.
-"""
+"""Items of a data set, read with a seed for each and collated to batches, in any process."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import MapStyle
 from regrow.feeding.streams import Stream
 from regrow.feeding.transforms import Epochs, FailedTransform, Transformed, with_epochs
-from regrow.protocols import Inputs
+from regrow.protocols import Inputs, Targets
 from regrow.randomness import key, seed_step, states_kept
 
 
@@ -160,49 +157,55 @@ class Collate:
         for item in items:
             if isinstance(item, BrokenItem):
                 return item
+        try:
+            return self._checked(self._batch(items))
+        except DataError as error:
+            return BrokenItem(str(error))
+
+    def _batch(self, items: list[Any]) -> Any:
+        """Return what the user's function, or else torch's, makes of the items."""
         if self.collate is not None:
             try:
-                batch = self.collate(items)
-            except DataError as error:
-                return BrokenItem(str(error))
+                return self.collate(items)
+            except DataError:
+                raise
             except Exception as error:
                 raise _sendable(error) from error
-        else:
-            try:
-                batch = default_collate(items)
-            except (TypeError, RuntimeError, KeyError) as error:
-                if machine_fault(error):  # e.g. a full /dev/shm
-                    raise
-                reason = brief(error, 200)
-                return BrokenItem(
-                    f"{self.name}: items of the data set do not make a batch: {reason}. Give items "
-                    "of tensors of one shape, or a collate function: data.source.collate."
-                )
         try:
-            found = tensors_of(batch)
+            return default_collate(items)
+        except (TypeError, RuntimeError, KeyError) as error:
+            if machine_fault(error):  # e.g. a full /dev/shm
+                raise
+            reason = brief(error, 200)
+            raise DataError(
+                f"{self.name}: items of the data set do not make a batch: {reason}. Give items of "
+                "tensors of one shape, or a collate function: data.source.collate."
+            ) from None
+
+    def _checked(self, batch: Any) -> tuple[Inputs, Targets, Tensor | None]:
+        """Return the batch's inputs, targets and weights. Raises DataError."""
+        try:
+            inputs, targets, weights = tensors_of(batch)
         except TypeError as error:
-            return BrokenItem(
+            raise DataError(
                 f"{self.name}: a batch of the data set is {error}. It must be (inputs, targets) or "
                 "a mapping with inputs, targets and, if wanted, weights. Let data.source.collate "
                 "give that."
-            )
-        if not isinstance(found[1], Tensor):
+            ) from None
+        if not isinstance(targets, Tensor):
             if not self.heads:
-                return BrokenItem(
+                raise DataError(
                     f"{self.name}: a batch of the data set is a pair whose targets are "
-                    f"{described(found[1])}, and data.target_kind names a kind of one tensor. For "
+                    f"{described(targets)}, and data.target_kind names a kind of one tensor. For "
                     "several heads set data.target_kind=null, and a task that takes them; else let "
                     "data.source.collate give one tensor."
                 )
         elif self.collate is not None and self.num_classes is not None:
-            wrong = outside(found[1], self.num_classes, self.ignore_index)
+            wrong = outside(targets, self.num_classes, self.ignore_index)
             if wrong is not None:
-                return BrokenItem(
-                    f"{self.name}, in a batch: {out_of_range(wrong, self.num_classes)}"
-                )
-        inputs, targets, weights = found
+                raise DataError(f"{self.name}, in a batch: {out_of_range(wrong, self.num_classes)}")
         if weights is not None and not _are_weights(weights):
-            return BrokenItem(
+            raise DataError(
                 f"{self.name}: the weights of a batch, of shape {list(weights.shape)}, are not one "
                 "finite number of zero or more for each example. Let each item give such a number."
             )

@@ -94,13 +94,17 @@ class TrainLoader:
             order = sample(self._seed, epoch, self._draw_weights)
             repeats = repeats_of(order)
         if self._mixing is not None:
-            how = {"seed": self._seed, "epoch": epoch, "num_classes": self._num_classes}
             size = self._windows.size
             whole = order
             if self._own_order is not None:
                 starts = range(0, self.num_examples, size)
                 whole = torch.cat([order[start : start + size] for start in starts])
-            pairs = pairs_of(self._mixing, whole, repeats, size, **how)  # type: ignore[arg-type]
+            pairs = pairs_of(
+                *(self._mixing, whole, repeats, size),
+                seed=self._seed,
+                epoch=epoch,
+                num_classes=self._num_classes,
+            )
         if self._chosen is not None:
             order = self._chosen[order]
         where = (self._windows, order, epoch, start)
@@ -213,7 +217,8 @@ class Data:
         self.augmentation = augmentation if augment else None
         self.transforms = list(transforms) if augment else []
         self.sampling, self.mixing = sampling, mixing if augment else None
-        if self.augmentation is not None and _in_memory(source) and not _stores(augmentation):
+        stores = hasattr(augmentation, "store") or not callable(augmentation)
+        if self.augmentation is not None and isinstance(source.train, Examples) and not stores:
             # It takes single images, as the transforms do.
             self.augmentation, self.transforms = None, [augmentation, *self.transforms]
         self.overlap, self.changed = overlap, changed  # the latter is for changed_data.py
@@ -223,7 +228,7 @@ class Data:
         self._feeds: dict[tuple[str, bool, torch.device], Feed] = {}
         self._epochs = Epochs()
         self._standardises = normalize == "train"
-        self._check(augment, augmentation, normalize_targets)
+        self._check(augmentation, normalize_targets)
         self.final = self._final(final_sets)
         self.num_overlapping = check_overlap(source, overlap, self.final)
         self.source = dataclasses.replace(source, known_keys={})  # frees one key per file
@@ -256,15 +261,10 @@ class Data:
         self.check_cache()
         source, splits = self.source, dict(self.source.items())
         images = [split for split in splits.values() if isinstance(split, ImageFiles)]
-        found = dict(zip(splits, keep_resized(images, cache_root, max_gb), strict=True))
-        sets = {name: found[name] for name in source.sets}
-        return dataclasses.replace(
-            source,
-            train=found["train"],
-            val=found.get("val"),
-            test=found.get("test"),
-            sets=sets,
-        )
+        kept = keep_resized(images, cache_root, max_gb)
+        found: dict[str, Any] = dict(zip(splits, kept, strict=True))
+        sets = {name: found.pop(name) for name in source.sets}
+        return dataclasses.replace(source, **found, sets=sets)
 
     @property
     def notes(self) -> list[str]:
@@ -325,8 +325,7 @@ class Data:
         if self.mixing is None or not isinstance(batch.targets, Tensor):
             return batch
         soft = softened(batch.targets, self._softened_classes)
-        sizes = (batch.num_local, batch.num_global, batch.first)
-        return LoadedBatch(batch.inputs, soft, batch.weights, *sizes)
+        return dataclasses.replace(batch, targets=soft)
 
     def draw_weights(self) -> Tensor:
         """Return what `sampling` weighs the draws of the training examples with, (N,) float64.
@@ -480,11 +479,10 @@ class Data:
         if how.kind != "image" and how.mean is None:
             return by_range(inputs)
         per_channel = (1, -1, 1, 1)
-        std, mean = (
-            torch.ones(1) if it is None else torch.tensor(it) for it in (how.std, how.mean)
+        mean, std = (
+            torch.tensor(it).view(per_channel) for it in (how.mean or [0.0], how.std or [1.0])
         )
-        mean = mean if how.mean is not None else mean * 0
-        shown = inputs.float().cpu() * std.view(per_channel) + mean.view(per_channel)
+        shown = inputs.float().cpu() * std + mean
         return (shown * 255).round().clamp(0, 255).to(torch.uint8)
 
     def fingerprint(self, *names: str) -> dict[str, Any]:
@@ -590,7 +588,7 @@ class Data:
             input_shape=self.input_shape,
         )
 
-    def _check(self, augment: bool, augmentation: Any, normalize_targets: bool) -> None:
+    def _check(self, augmentation: Any, normalize_targets: bool) -> None:
         checks = self._checks()
         if self.target_kind == "multiclass" and self.num_classes == 1:
             raise UserError("data.num_classes=1: a classifier needs at least two classes.")
@@ -612,8 +610,8 @@ class Data:
             )
         if self.transforms:
             checks.check_transforms(self.transforms, augmentation)
-        elif augment and augmentation is not None:
-            checks.check_augmentation(augmentation)
+        elif self.augmentation is not None:
+            checks.check_augmentation(self.augmentation)
         checks.refuse_other_order(self.sampling, self.mixing)
 
     def _final(self, named: list[str]) -> list[str]:
@@ -626,12 +624,3 @@ class Data:
                     f"The data has {', '.join(sets) or 'none'}."
                 )
         return [name for name in sets if name in ("test", *named)]
-
-
-def _in_memory(source: Splits) -> bool:
-    return isinstance(source.train, Examples)
-
-
-def _stores(augmentation: Any) -> bool:
-    """Return True if an augmentation lays out the images in memory, or cannot be called at all."""
-    return hasattr(augmentation, "store") or not callable(augmentation)

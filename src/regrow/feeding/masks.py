@@ -17,12 +17,14 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError
 from regrow.feeding.decoding import fit, formats_for, load_image, opened, to_tensor
-from regrow.feeding.files import LeftOut, contents_of, is_folder, keys_of_copies, shown
+from regrow.feeding.files import LeftOut, contents_of, is_folder, shown
 from regrow.feeding.images import (
     check_size,
+    completed,
     find_images,
     frames,
     group_of,
+    keys_across,
     look_beside,
     root_of,
 )
@@ -33,8 +35,6 @@ from regrow.feeding.splits import (
     are_like_splits,
     check_fractions,
     check_name,
-    cut,
-    origins_of,
     text_names,
 )
 from regrow.feeding.transforms import applied
@@ -261,37 +261,15 @@ def mask_folder(
             "move it away."
         )
     all_files = [file for split in own.values() for file in split.files]
-    keys = iter(keys_of_copies(all_files, root))  # one call, so that copies are found anywhere
-    known_keys = {name: [next(keys) for _ in split.files] for name, split in own.items()}
-    train, keys_of_train = own["train"], known_keys["train"]
-    note = _note_of_values(train)
-    origins = origins_of(val_fraction, test_fraction, folds, fold, given=own)
-    parts = cut(
-        keys_of_train,
-        np.zeros(len(train), np.int64),
-        val_fraction=0.0 if "val" in own else val_fraction,
-        test_fraction=0.0 if "test" in own else test_fraction,
-        seed=seed,
-        folds=folds,
-        fold=fold,
-        groups=train.groups,
-    )
-    for name, part in zip(NAMES, parts, strict=True):
-        if part is not None:
-            own[name] = train.subset(part)
-            known_keys[name] = [keys_of_train[index] for index in part.tolist()]
-    return Splits(
-        own["train"],
-        own.get("val"),
-        own.get("test"),
-        {name: split for name, split in own.items() if name not in NAMES},
+    keys = keys_across(own, root)
+    notes = (str(left_out), frames(all_files), _note_of_values(own["train"]))
+    strata = np.zeros(len(own["train"]), np.int64)  # all are alike
+    return completed(
+        *(own, keys, strata, val_fraction, test_fraction, seed, folds, fold),
         class_names=text_names(class_names),
         resize=side,
-        reads_images=True,
-        known_keys=known_keys,
-        origins=origins,
         reading=reading,
-        notes=[line for line in (str(left_out), frames(all_files), note) if line],
+        notes=[line for line in notes if line],
     )
 
 

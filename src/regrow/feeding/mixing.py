@@ -71,9 +71,11 @@ class Pairs:
         """Return inputs, soft targets and weights of examples mixed with their partners."""
         (inputs, targets, weights), (inputs_2, targets_2, weights_2) = own, others
         refuse_integers(inputs)
-        mixed, share = self.mix(single(inputs), single(inputs_2), choices)
+        mixed, share = self.mix(one_tensor(inputs), one_tensor(inputs_2), choices)
         number = self.num_classes
-        soft = self._blend(share, *(softened(single(it), number) for it in (targets, targets_2)))
+        soft = self._blend(
+            share, *(softened(one_tensor(it), number) for it in (targets, targets_2))
+        )
         if weights is None or weights_2 is None:
             return mixed, soft, None
         return mixed, soft, self._blend(share, weights, weights_2)
@@ -115,7 +117,7 @@ def pairs_of(
     return Pairs(mix, partners, mix.draw(numbers[:, 1:]).float(), num_classes)
 
 
-def single(value: Inputs) -> Tensor:
+def one_tensor(value: Inputs) -> Tensor:
     """Return inputs or targets of one tensor. Raises DataError for others."""
     if not isinstance(value, Tensor):
         raise DataError(
@@ -139,7 +141,7 @@ def softened(targets: Tensor, num_classes: int | None) -> Tensor:
 
 def refuse_integers(inputs: Inputs) -> None:
     """Raise DataError for inputs that cannot be blended, such as tokens."""
-    if not single(inputs).is_floating_point():
+    if not one_tensor(inputs).is_floating_point():
         raise DataError(
             "data.mixing blends inputs, and these are integers, such as tokens. Set "
             "data.mixing=null."

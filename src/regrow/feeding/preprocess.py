@@ -18,7 +18,7 @@ from torch import Tensor
 from regrow.config import older
 from regrow.config.class_folders import suffixes_of
 from regrow.errors import DataError, UserError, brief, listed
-from regrow.feeding.batch import each
+from regrow.feeding.batch import dtype_of, each
 from regrow.feeding.decoding import (
     DECODERS,
     BrokenImage,
@@ -157,10 +157,7 @@ class Preprocessing:
             given = _of_frame(given, self.columns)
         values = as_tensor(given, what)
         array = self._batched(values.numpy(), what)
-        for start in range(0, len(array), batch_size):
-            part = self._part(array[start : start + batch_size], what, start)
-            rows = range(start, start + len(part))
-            yield [labels[row] if labels else str(row) for row in rows], part
+        yield from self._parts(array, what, batch_size, labels)
 
     def _raw(
         self, given: str | Path, batch_size: int, broken: list[str] | None
@@ -180,10 +177,7 @@ class Preprocessing:
             if broken and len(broken) == len(files):
                 raise DataError(f"input={path}: none of its {len(files):,} images can be read.")
         elif suffix == ".npy":
-            array = self._array(path)
-            for start in range(0, len(array), batch_size):
-                part = self._part(np.asarray(array[start : start + batch_size]), str(path), start)
-                yield [str(start + row) for row in range(len(part))], part
+            yield from self._parts(self._array(path), str(path), batch_size)
         elif suffix in (".csv", ".tsv", ".txt"):
             self._must_be("table", path)
             columns = self.columns
@@ -193,10 +187,7 @@ class Preprocessing:
                     f"{self.shape[0]}) instead."
                 )
             table = read_table(path, self.delimiter, columns, [], is_fixed=True)
-            rows = torch.from_numpy(table.features)
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                yield [str(start + row) for row in range(len(part))], part
+            yield from self._parts(table.features, str(path), batch_size)
         else:
             raise UserError(
                 f"input={path}: not a known kind. Use an image, a folder of images, .npy or .csv."
@@ -277,6 +268,15 @@ class Preprocessing:
             raise DataError(f"{what} holds no examples: its shape is {array.shape}.")
         return array
 
+    def _parts(
+        self, array: npt.NDArray[Any], what: str, batch_size: int, labels: list[str] | None = None
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield names and rows, batch by batch; the names are the `labels`, or numbers from 0."""
+        for start in range(0, len(array), batch_size):
+            part = self._part(np.asarray(array[start : start + batch_size]), what, start)
+            rows = range(start, start + len(part))
+            yield [labels[row] if labels else str(row) for row in rows], part
+
     def _part(self, array: npt.NDArray[Any], what: str, start: int) -> Tensor:
         shape = tuple(self.shape)
         # torch supports neither foreign byte orders nor most unsigned and long types.
@@ -289,7 +289,7 @@ class Preprocessing:
             raise DataError(f"{what}, row {start + row}: a value is NaN or infinite.")
         if self.kind == "integer" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise DataError(
-                f"{what}: values of type {str(tensor.dtype).removeprefix('torch.')}, this run's "
+                f"{what}: values of type {dtype_of(tensor)}, this run's "
                 "model takes integers. Save an array of integers."
             )
         if self.input_shape is None:
@@ -414,7 +414,7 @@ class Normalizer:
         if inputs.dtype != torch.uint8:
             raise UserError(
                 "data.normalize is for uint8 images, and this data set gives "
-                f"{str(inputs.dtype).removeprefix('torch.')}. Use none, and normalise in it."
+                f"{dtype_of(inputs)}. Use none, and normalise in it."
             )
         return self.image(inputs)
 

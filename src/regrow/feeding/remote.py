@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from regrow.errors import DataError, UserError, brief, machine_fault
 from regrow.extras import require
@@ -19,6 +19,9 @@ from regrow.feeding.files import shown, unreadable
 EXTRAS = {"http": ("http", "aiohttp"), "https": ("http", "aiohttp"), "s3": ("s3", "s3fs"),
           "s3a": ("s3", "s3fs")}  # fmt: skip
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 5.0  # between two tries; doubled each time
+# Errors of the network, besides OSErrors.
+PASSING = (("aiohttp", "ClientError"), ("botocore.exceptions", "ConnectionError"),
+           ("botocore.exceptions", "HTTPClientError"))  # fmt: skip
 LATER = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
 
 T = TypeVar("T")
@@ -176,43 +179,35 @@ def opened(root: str, timeout_seconds: float) -> Any:
 
 def _behind(error: Exception) -> Exception:
     """Return the fault itself: fsspec's `info` turns every one over HTTP into FileNotFoundError."""
-    import sys
-
-    aiohttp, cause = sys.modules.get("aiohttp"), error.__cause__
-    if aiohttp is None or not isinstance(error, FileNotFoundError):
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
         return error
-    if isinstance(cause, aiohttp.ClientResponseError) and cause.status == 404:
+    if _is_of(cause, "aiohttp", "ClientResponseError") and cause.status == 404:
         return error
-    is_of_http = isinstance(cause, aiohttp.ClientError | asyncio.TimeoutError | TimeoutError)
-    return cause if is_of_http and isinstance(cause, Exception) else error
+    is_of_http = _is_of(cause, "aiohttp", "ClientError") or isinstance(cause, TimeoutError)
+    return cause if is_of_http else error
 
 
 def may_pass(error: Exception) -> bool:
     """Return True for a fault of the network or the server that may be gone at the next try."""
-    import sys
-
-    aiohttp = sys.modules.get("aiohttp")
-    if aiohttp is not None and isinstance(error, aiohttp.ClientResponseError):
-        return error.status in LATER
-    if aiohttp is not None and isinstance(error, aiohttp.ClientError):
-        return True
-    botocore = sys.modules.get("botocore.exceptions")
-    if botocore is not None:  # its errors of the network are not OSErrors
-        passing = botocore.ConnectionError, botocore.HTTPClientError
-        if isinstance(error, passing):
+    if _is_of(error, "aiohttp", "ClientResponseError"):
+        return bool(error.status in LATER)
+    for package, name in PASSING:
+        if _is_of(error, package, name):
             return True
-    if isinstance(error, PermissionError):
-        return False
-    return isinstance(error, OSError | asyncio.TimeoutError | TimeoutError)
+    return isinstance(error, OSError) and not isinstance(error, PermissionError)
+
+
+def _is_of(error: Exception, package: str, name: str) -> TypeGuard[Any]:
+    """Return True for an error of this class of a package, which is not imported for it."""
+    module = sys.modules.get(package)
+    return module is not None and isinstance(error, getattr(module, name))
 
 
 def _said(error: Exception) -> str:
     """Return the reason in words: a time-out has no text of its own, and a URL is said already."""
-    import sys
-
-    aiohttp = sys.modules.get("aiohttp")
-    if aiohttp is not None and isinstance(error, aiohttp.ClientResponseError):
+    if _is_of(error, "aiohttp", "ClientResponseError"):
         return f"status {error.status} {error.message}".strip()
-    if isinstance(error, asyncio.TimeoutError | TimeoutError):
+    if isinstance(error, TimeoutError):
         return "no answer in time"
     return shown(brief(error, 160)).rstrip(".")

@@ -194,7 +194,7 @@ def decoded(name: str, content: bytes) -> tuple[str, Any]:
     """Return the field and the value of a member. An image stays a `File`."""
     if name == "cls":
         return "targets", int(content)
-    field, kind = _field_and_kind(name)
+    field, _, kind = name.rpartition(".")
     if kind == "npy":
         return field, _array(content)
     if kind == "json":
@@ -210,12 +210,6 @@ def decoded(name: str, content: bytes) -> tuple[str, Any]:
             return field, tuple(parts.values())
         return field, parts
     return field or "inputs", File(content, kind)
-
-
-@functools.lru_cache(maxsize=256)
-def _field_and_kind(name: str) -> tuple[str, str]:
-    field, _, kind = name.rpartition(".")
-    return field, kind
 
 
 def _array(content: bytes) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from regrow.config.rules import require
 from regrow.errors import DataError, UserError, brief, did_you_mean, listed
 from regrow.feeding import shard_identity, shard_index
 from regrow.feeding.block_cache import cache_of
@@ -31,7 +32,7 @@ from regrow.feeding.decoding import (
     pixels_of,
     to_tensor,
 )
-from regrow.feeding.images import check_decoder, check_size
+from regrow.feeding.images import check_size
 from regrow.feeding.remote import Folder, Remote, folder_of
 from regrow.feeding.sampling import Windows
 from regrow.feeding.shard_index import UNIT, Index
@@ -81,9 +82,6 @@ class ShardItems:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name[0] != "_"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     @property
     def draws(self) -> bool:
@@ -265,7 +263,7 @@ def shards(
     """
     if identity not in ("contents", "sizes"):
         raise UserError(f"data.source.identity={identity} is not one of contents, sizes.")
-    check_decoder(decoder)
+    require("data.source.decoder", decoder)
     place = folder_of(root, timeout_seconds=timeout_seconds, retries=retries)
     index = read_index(place)
     facts = index.facts

@@ -108,7 +108,7 @@ def read_table(
                 for column, (at, name) in zip(read, numeric, strict=True)
             ]
         )
-        cells.append([row[at].strip() for at, _ in textual])
+        cells.append([row[at] for at, _ in textual])
         lines.append(line)
     if not lines:
         raise DataError(f"{path} has a header and no rows.")

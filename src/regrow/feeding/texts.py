@@ -152,7 +152,7 @@ def text(
         {name: split for name, split in found.items() if name not in NAMES},
         vocabulary=words.record(),
         origins=origins_of(val_fraction, test_fraction, folds, fold, given=own, of="text"),
-        notes=[line for line in (str(left_out),) if line],
+        notes=[str(left_out)] if left_out.counts else [],
         known_keys={name: split.keys() for name, split in found.items()},  # those of documents
     )
 

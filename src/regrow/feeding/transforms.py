@@ -15,6 +15,7 @@ from torch import Tensor
 from regrow.config.own_code import own_place
 from regrow.config.targets import SHOWS_ALL
 from regrow.errors import DataError, UserError, brief, machine_fault
+from regrow.feeding.batch import dtype_of
 from regrow.feeding.sampling import MOST_WAYS
 from regrow.feeding.splits import Examples
 from regrow.protocols import Store
@@ -55,8 +56,7 @@ def applied(transform: Callable[..., Any], *given: Any, key: str, advice: str) -
 
 def _kind(given: Any) -> str:
     if type(given) is Tensor:
-        dtype = str(given.dtype).removeprefix("torch.")
-        return f"a {dtype} tensor of shape {list(given.shape)}"
+        return f"a {dtype_of(given)} tensor of shape {list(given.shape)}"
     of_pillow = type(given).__module__.partition(".")[0] == "PIL"
     return "a PIL image" if of_pillow else f"a {type(given).__name__}"
 
@@ -118,9 +118,9 @@ class Transformed:
         for transform in self.transforms:
             found = applied(transform, found, key=key, advice=advice)
         if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.ndim != 3:
-            given = f"{found.dtype} of shape {list(found.shape)}" if isinstance(
-                found, Tensor
-            ) else type(found).__name__  # fmt: skip
+            given = type(found).__name__
+            if isinstance(found, Tensor):
+                given = f"{found.dtype} of shape {list(found.shape)}"
             names = ", ".join(type(transform).__name__ for transform in self.transforms)
             raise DataError(
                 f"data.augmentation and data.transforms ({names}) must return uint8 images (C, H, "
@@ -136,9 +136,9 @@ class Transformed:
 
 def _scaled(image: Tensor, factor: float) -> Tensor:
     """Return uint8 pixels times a factor, rounded."""
-    return (
-        image if factor == 1.0 else (image.float() * factor).round().clamp(max=255).to(torch.uint8)
-    )
+    if factor == 1.0:
+        return image
+    return (image.float() * factor).round().clamp(max=255).to(torch.uint8)
 
 
 class Epochs:
@@ -149,9 +149,8 @@ class Epochs:
     """
 
     def __init__(self) -> None:
-        self._last: dict[
-            int, tuple[Any, int]
-        ] = {}  # holds the object, so that its id stays its own
+        # It holds the object too, so that its id stays its own.
+        self._last: dict[int, tuple[Any, int]] = {}
 
     def __reduce__(self) -> tuple[type[Epochs], tuple[()]]:
         return Epochs, ()  # the ids are those of this process
