@@ -20,13 +20,14 @@ from regrow.config.flags import MULTIRUN
 from regrow.config.hydra_access import version_arguments
 from regrow.config.keys import known_keys
 from regrow.config.leads import lead
+from regrow.config.own_code import shown
 from regrow.config.own_modules import import_own_modules
 from regrow.config.started import CHECK, check_only, is_check, is_train, note_start
 from regrow.config.yaml_files import readable
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import fail, in_one_line
 from regrow.processes import begin, terminal
-from regrow.project import CONF, ROOT
+from regrow.project import CONF
 
 FLAGS = (
     *(*MULTIRUN, "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"),
@@ -214,8 +215,7 @@ def not_utf8() -> str:
             path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             line = path.read_bytes()[: error.start].count(b"\n") + 1
-            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-            return f"{shown}:{line} is not UTF-8. Save the file as UTF-8."
+            return f"{shown(path)}:{line} is not UTF-8. Save the file as UTF-8."
     return "a file of the config is not UTF-8. Save it as UTF-8."
 
 
@@ -223,7 +223,5 @@ def not_yaml(error: yaml.YAMLError) -> str:
     """Return one line that names the file that is not YAML, the line in it and the problem."""
     if not isinstance(error, yaml.MarkedYAMLError) or not (error.problem_mark and error.problem):
         return f"a file of the config is not YAML: {error}"
-    path = Path(error.problem_mark.name)
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    line = error.problem_mark.line + 1
-    return f"{shown}:{line} is not YAML: {error.problem}. Correct that line, or the one before it."
+    place = f"{shown(error.problem_mark.name)}:{error.problem_mark.line + 1}"
+    return f"{place} is not YAML: {error.problem}. Correct that line, or the one before it."

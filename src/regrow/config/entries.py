@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from regrow.config import places
+from regrow.config.own_code import shown
 from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import keys_of
 from regrow.errors import UserError
-from regrow.project import CONF, ROOT
+from regrow.project import CONF
 
 _WORD = r"[\w.]+(?: \([^)]*\))?"
 _WORDS = re.compile(rf"{_WORD}(?:, {_WORD})+")
@@ -131,8 +132,7 @@ def set_at(group: str, name: str, key: str) -> str:
     for each in (name, *inherited(group, name)):
         path = places.file_of(group, each)
         if path is not None and key in (keys := keys_of(path)):
-            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-            return f"{shown}:{keys[key].line}"
+            return f"{shown(path)}:{keys[key].line}"
     return ""
 
 
