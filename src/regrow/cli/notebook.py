@@ -15,7 +15,7 @@ from regrow.config import flags
 from regrow.config.command_line import escaped, paths_as_typed
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
-from regrow.config.hydra_access import plain
+from regrow.config.hydra_access import plain, without_hydra
 from regrow.config.own_modules import import_own_modules
 from regrow.dotted import Config
 from regrow.errors import UserError
@@ -50,8 +50,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             config = composition({**flags.DEFAULT, "name": config_name}, typed)
             HydraConfig.instance().set_config(config)
             check(config, config.hydra.runtime.choices)
-            names = [str(key) for key in config if key != "hydra"]
-            values = plain(OmegaConf.masked_copy(config, names))
+            values = plain(without_hydra(config))
         except (HydraException, OmegaConfBaseException) as error:
             said = composition_error(error)
             raise UserError(said.replace("a sweep: add -m.", "a sweep, not one config.")) from error
@@ -72,7 +71,7 @@ def build(config: Mapping[str, Config] | DictConfig) -> Objects:
     import_own_modules()
     try:
         node = config if isinstance(config, DictConfig) else OmegaConf.create(_literal(config))
-        values = plain(OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]))
+        values = plain(without_hydra(node))
     except OmegaConfBaseException as error:
         raise UserError(
             f"{composition_error(error)} Compose it with regrow.compose, which resolves it."
