@@ -24,16 +24,16 @@ from regrow.config import class_folders, leads, places
 from regrow.config.command_line import shell
 from regrow.config.explain import composition_error, takes, typed_node, where_own_keys_go
 from regrow.config.foreign import check_recorded
-from regrow.config.hydra_access import plain, typed_overrides
+from regrow.config.hydra_access import plain, typed_overrides, without_hydra
 from regrow.config.hydras import check_settings
-from regrow.config.keys import known_keys
+from regrow.config.keys import options_with
 from regrow.config.origins import located
 from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
 from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusal, require, shown
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
-from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate, note_typed
+from regrow.config.targets import HANDED_IN, HANDED_TO, allow, note_typed, parameters_of
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import Config, walk
 from regrow.errors import UserError, did_you_mean, listed
@@ -118,10 +118,6 @@ def check_once(config: DictConfig, choices: Mapping[str, Any]) -> None:
     """Check the config of Hydra's job, unless `CheckBeforeStart` has checked the same."""
     if plain(config) not in _checked:
         check(config, choices)
-
-
-def without_hydra(config: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 @contextlib.contextmanager
@@ -421,16 +417,11 @@ def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
     handed_in = {*HANDED_IN, *HANDED_TO.get(path, ())}
     known = [key for key in shipped if not key.startswith("_") and key != "defaults"]
     if isinstance(target, str):
-        with contextlib.suppress(TypeError, ValueError):
-            parameters = inspect.signature(locate(target, path)).parameters
+        with contextlib.suppress(UserError):
+            parameters = parameters_of(target, path) or {}
             known += [key for key in parameters if key not in (*known, *handed_in, "self")]
     hint = leads.lead(full) or did_you_mean(full, (f"{path}.{key}" for key in known))
-    others = [option for option in known_keys().get(full, []) if not option.startswith("_")]
-    if not hint and others:
-        have = "has" if len(others) == 1 else "have"
-        hint = f" {path.split('.')[0]}={', '.join(others)} {have} it."
-    if not hint and known:
-        hint = f" It takes {', '.join(known)}."
+    hint = hint or options_with(full) or (f" It takes {', '.join(known)}." if known else "")
     raise UserError(f"{full}: {target or path} has no such key.{hint}")
 
 
@@ -453,9 +444,8 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
 def _takes_fractions(target: object, path: str) -> bool:
     """Return True if the signature of a user's target says so: by type or default. Imports it."""
     parent, _, key = path.rpartition(".")
-    with contextlib.suppress(UserError, TypeError, ValueError):
-        parameter = inspect.signature(locate(str(target), parent)).parameters.get(key)
-        if parameter is not None:
+    with contextlib.suppress(UserError):
+        if parameter := (parameters_of(str(target), parent) or {}).get(key):
             return "float" in str(parameter.annotation) or isinstance(parameter.default, float)
     return False
 
@@ -468,11 +458,9 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
     target = node.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"{path}._target_={target!r} must name a class or a function.")
-    function = locate(target, path)
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return {}  # some builtins have no signature
+    parameters = parameters_of(target, path)
+    if parameters is None:
+        return {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return parameters
     ours = ("interval",) if path == "scheduler" and "optimizer" in parameters else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib
@@ -186,8 +185,7 @@ def refused_argument(error: BaseException, target: str) -> str | None:
     if not isinstance(error, TypeError) or foreign is None:
         return None
     known, hint = _paths.get(target, set()) - {""}, ""
-    with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
-        parameters = inspect.signature(locate(target, "")).parameters
+    if (parameters := parameters_of(target, "")) is not None:
         names = [name for name in parameters if name != "self" and name not in HANDED_IN]
         hint = did_you_mean(foreign[1], names) or f" It takes {', '.join(names)}."
     key = f"{next(iter(known))}.{foreign[1]}" if len(known) == 1 else foreign[1]
@@ -334,6 +332,18 @@ def locate(target: str, path: str) -> Any:
         f"{where}: there is no such module. Is it installed? A module of your own belongs in "
         f"{ROOT}."
     )
+
+
+def parameters_of(target: str, path: str) -> Mapping[str, inspect.Parameter] | None:
+    """Return a target's parameters by name; None for a builtin without a signature.
+
+    Imports the target's module. Raises UserError if there is no such target.
+    """
+    function = locate(target, path)
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def _is_missing(module: str, error: BaseException) -> bool:
