@@ -438,7 +438,7 @@ def test_a_range_binds_each_of_several_models_and_no_class_of_ones_own() -> None
 
 
 def test_every_trainer_key_that_may_be_null_says_what_else_it_may_be() -> None:
-    shipped = shipped_node("trainer", "default") or {}
+    shipped = shipped_node("trainer", "default")
     nulls = [f"trainer.{key}" for key, value in leaves(shipped).items() if value is None]
     assert [key for key in nulls if key not in RULES] == []
 
@@ -527,7 +527,7 @@ def test_a_key_that_the_target_takes_and_the_file_leaves_out_may_be_added() -> N
 
 
 def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:
-    removed = [f"~model.{key}" for key in (shipped_node("model", "mlp") or {}) if key[0] != "_"]
+    removed = [f"~model.{key}" for key in shipped_node("model", "mlp") if key[0] != "_"]
     target = ("model._target_=torch.nn.Transformer", "+model.dropout=7")
     made = composed(*removed, *target)
     check(made, made.hydra.runtime.choices)

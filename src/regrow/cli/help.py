@@ -241,7 +241,7 @@ def _others(
     key = f"{group.replace('/', '.')}.{below}"
     for name in places.options(group):
         whole = option(group, name)
-        found, parent = _at(whole, below), _at(whole, below.rpartition(".")[0])
+        found, parent = whole.at(below), _parent(whole, below)
         if name != shown and found is not None and not found.below:
             facts = (_plain(found.value), accepted(key, found, parent), found.comment)
             alike.setdefault(facts, []).append(name)
@@ -354,7 +354,8 @@ def _option(group: str, name: str, base: KeyEntry, config: Any) -> Iterator[str]
     yield from _wrapped(f"{group}={name}:", head, column=4, most=2)
     own, repeats, rest = [], [], []
     for key, entry, parent in _leaves(whole, group):
-        name_below, shared = key.removeprefix(f"{group}."), _at(base, key.removeprefix(f"{group}."))
+        name_below = key.removeprefix(f"{group}.")
+        shared = base.at(name_below)
         is_usual = _current(key, entry, config) == _plain(entry.value) or _follows(key, config)
         is_shared = shared is not None and (shared.value == entry.value or key in SELDOM)
         if is_usual and (of := repeated(key, entry.value)) and key not in SELDOM:
@@ -413,36 +414,29 @@ def _leaves(
             yield from _leaves(each, f"{path}.{name}", entry)
 
 
-def _at(entry: KeyEntry | None, key: str) -> KeyEntry | None:
-    for part in key.split(".") if key else ():
-        entry = entry.below.get(part) if entry is not None else None
-    return entry
-
-
 def _entry(key: str, config: Any) -> tuple[KeyEntry | None, KeyEntry | None, str]:
     """Return a key with its node, and the option or file that it belongs to."""
     parts = key.split(".")
-    found, parent, where = None, None, ""
     for number in range(1, max(len(parts), 2)):  # a group may lie in a group
-        group, below = "/".join(parts[:number]), parts[number:]
+        group, below = "/".join(parts[:number]), ".".join(parts[number:])
         if not places.is_group(group):
             break
         chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
         options = [*chosen, *(each for each in places.options(group) if each not in chosen)]
         for name in options:
-            found, parent, where = option(group, name), None, f"{group}={name}"
-            for part in below:
-                found, parent = (found.below.get(part), found) if found else (None, None)
-            if found is not None:
-                return found, parent, where
-    for folder in places.folders():
-        for path in sorted(folder.glob("*.yaml")):
-            found, parent = of_file(path, path.stem), None
-            for part in key.split("."):
-                found, parent = (found.below.get(part), found) if found else (None, None)
-            if found is not None:
-                return found, parent, places.primary_file(path.stem)
+            whole = option(group, name)
+            if (found := whole.at(below)) is not None:
+                return found, _parent(whole, below), f"{group}={name}"
+    for path in (path for folder in places.folders() for path in sorted(folder.glob("*.yaml"))):
+        whole = of_file(path, path.stem)
+        if (found := whole.at(key)) is not None:
+            return found, _parent(whole, key), places.primary_file(path.stem)
     return None, None, ""
+
+
+def _parent(whole: KeyEntry, key: str) -> KeyEntry | None:
+    """Return the entry that holds the dotted key below `whole`; None for `whole` itself."""
+    return whole.at(key.rpartition(".")[0]) if key else None
 
 
 def _keys(path: str, entry: KeyEntry, parent: KeyEntry | None, config: Any) -> Iterator[str]:

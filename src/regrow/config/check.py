@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import class_folders, leads, places
+from regrow.config import class_folders, entries, leads, places
 from regrow.config.command_line import shell
 from regrow.config.explain import composition_error, takes, typed_node, where_own_keys_go
 from regrow.config.foreign import check_recorded
@@ -34,7 +34,7 @@ from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusa
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, note_typed, parameters_of
-from regrow.config.yaml_files import read_yaml, readable
+from regrow.config.yaml_files import readable
 from regrow.dotted import Config, walk
 from regrow.errors import UserError, did_you_mean, listed
 from regrow.failing import fail, in_one_line
@@ -238,7 +238,7 @@ def _refuse_unchosen(group: str, node: object) -> None:
 def _refuse_lacking(group: str, node: Any, choices: Mapping[str, Any]) -> None:
     """Raise UserError for an option of one's own that does not build on that of `BASES`."""
     base, keys = BASES[group]
-    wanted = keys or [*(shipped_node(group, base) or {})]
+    wanted = keys or shipped_node(group, base)
     lacking = [key for key in wanted if key not in node] if isinstance(node, Mapping) else []
     if lacking:
         raise UserError(
@@ -279,7 +279,7 @@ def check_group(config: DictConfig, group: str) -> None:
     option = HydraConfig.get().runtime.choices.get(group)
     if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
         raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
-    _check_node(values[group], _known_node(group, option) or {}, group)
+    _check_node(values[group], _known_node(group, option), group)
     check_ranges({group: values[group]})
 
 
@@ -322,11 +322,8 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
             loggers.check_required(node, f"logger.{name}", parameters)
     for group in leads.GROUPS:
         names = places.names_in(choices.get(group) or "")
-        if len(names) != 1 or not isinstance(values.get(group), Mapping):
-            continue
-        shipped = _known_node(group, names[0])
-        if shipped is not None:
-            _check_node(values[group], shipped, group)
+        if len(names) == 1 and isinstance(values.get(group), Mapping):
+            _check_node(values[group], _known_node(group, names[0]), group)
 
 
 def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
@@ -353,31 +350,24 @@ def _refuse_dots(key: str, node: str = "") -> NoReturn:
     raise UserError(f"{node}{key}: only the command line takes dots. In a file, write `{nested}`.")
 
 
-def shipped_node(group: str, option: str) -> dict[str, Any] | None:
+def shipped_node(group: str, option: str) -> dict[str, Any]:
     """Return a group's option as its YAML states it, including what it inherits.
 
-    None if neither a file nor a node in Hydra's ConfigStore defines it.
+    Empty if neither a file nor a node in Hydra's ConfigStore defines it.
     """
-    path = places.file_of(group, option)
-    content = places.stored(f"{group}/{option}.yaml") if path is None else read_yaml(path)
-    if not isinstance(content, dict):
-        return None
-    node: dict[str, Any] = {}
-    for parent in content.pop("defaults", []):
-        if isinstance(parent, str) and parent != "_self_":
-            node = _merged(node, shipped_node(group, parent) or {})
-    return _merged(node, content)
+    node: dict[str, Any] = entries.option(group, option).value
+    return node
 
 
-def _known_node(group: str, option: str) -> dict[str, Any] | None:
+def _known_node(group: str, option: str) -> dict[str, Any]:
     """Return `shipped_node`; of launcher=local, which passes them over, with Slurm's keys as well.
 
     conf/local/default.yaml may set those for each start with launcher=slurm.
     """
     node = shipped_node(group, option)
-    if group != "launcher" or node is None or "_target_" in node:
+    if group != "launcher" or "_target_" in node:
         return node
-    others = [shipped_node(group, each) or {} for each in places.options(group)]
+    others = [shipped_node(group, each) for each in places.options(group)]
     keys = {key: value for each in others for key, value in each.items() if key != "_target_"}
     return keys | node
 
@@ -594,11 +584,3 @@ def _check_folds(data: Mapping[str, Any]) -> None:
             "given. Use data.folds=null. A source of your own takes folds: ${data.folds} and "
             "fold: ${data.fold}, and passes them to regrow.feeding.splits.cut_examples."
         )
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged

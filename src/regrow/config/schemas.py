@@ -268,12 +268,8 @@ def _value(path: str, entries: list[KeyEntry]) -> dict[str, Any]:
 
 def _is_null_in_base(path: str) -> bool:
     """Return True if the key is null in the `_base.yaml` of its group: every option takes null."""
-    group, *below = path.split(".")
-    if not (CONF / group / f"{BASE}.yaml").is_file():
-        return False
-    entry: KeyEntry | None = option(group, BASE, in_conf)
-    for key in below:
-        entry = entry.below.get(key) if entry is not None else None
+    group, _, below = path.partition(".")
+    entry = option(group, BASE, in_conf).at(below)
     return entry is not None and entry.value is None
 
 
