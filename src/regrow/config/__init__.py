@@ -12,7 +12,7 @@ entries: accepted, KeyEntry, inherited, of_file, option, repeated, set_at
 explain: composition_error, hydras_value_error, wrong_options
 flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
     followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,
-    source_of, split, typed
+    source_of, split, typed, WITH_A_VALUE
 foreign: check_roles_of_run, downloads_elsewhere, if_trusted, is_foreign, is_own, places_of_conf,
     refuse_remote
 hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, version_arguments
