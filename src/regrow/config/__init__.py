@@ -15,7 +15,8 @@ flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, fol
     source_of, split, typed, WITH_A_VALUE
 foreign: check_roles_of_run, downloads_elsewhere, if_trusted, is_foreign, is_own, places_of_conf,
     refuse_remote
-hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, version_arguments
+hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides,
+    version_arguments, without_hydra
 hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
