@@ -35,7 +35,7 @@ resume: expand
 resumed_config: differences, has_changes, is_done, LACKED, lacked_before, lacked_keys, reached,
     resumed
 roles: check_roles
-rules: applies, of_shipped, require, RULES
+rules: applies, integer, number, of_shipped, require, Rule, RULES
 schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 target_docs: said_by_target
