@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from regrow.config.command_line import command, quoted, read, relative, shell
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
-from regrow.project import ROOT
+from regrow.project import CONF, ROOT
 
 WITH_A_VALUE = {
     **{"-cn": "--config-name", "-cd": "--config-dir", "-cp": "--config-path"},
@@ -207,7 +207,7 @@ def refuse_records(arguments: Sequence[str]) -> None:
     name = typed(arguments).get("name")
     if name is None or {"-sc", "--shell-completion"} & {*given}:
         return
-    main = typed(arguments).get("path") or str(ROOT / "conf")
+    main = typed(arguments).get("path") or str(CONF)
     places = [*folders(arguments), Path(main.removeprefix("file://"))]
     if (path := _found(name, places)) is not None and _is_checked(path, places) is False:
         raise UserError(
@@ -264,21 +264,26 @@ def _is_checked(path: Path, places: Sequence[Path], depth: int = 9) -> bool | No
 
 def source_of(hydra: Any) -> dict[str, Any]:
     """Return the source that Hydra composed from, according to its own config node."""
-
-    source = {**DEFAULT, "name": str(hydra.job.config_name), "searchpath": []}
     if (copied := copied_source(ROOT)) is not None:
         return copied
     # Do not resolve: a folder's name may contain `${`.
     places: Any = OmegaConf.to_container(hydra.runtime.config_sources, resolve=False)
+    source = _added_to_conf(str(hydra.job.config_name), places)
     for place in places:
-        provider, schema, path = place["provider"], place["schema"], place["path"]
-        if provider == "main":
-            own = schema == "file" and Path(path).resolve() == ROOT / "conf"
-            source["path"] = None if own else path if schema == "file" else f"{schema}://{path}"
-        elif provider == "command-line":
-            source["dir"] = path
-        elif provider == "hydra.searchpath in command-line":
-            source["searchpath"].append(f"{schema}://{path}")
+        schema, path = place["schema"], place["path"]
+        if place["provider"] == "main" and (schema, Path(path).resolve()) != ("file", CONF):
+            source["path"] = path if schema == "file" else f"{schema}://{path}"
+    return source
+
+
+def _added_to_conf(name: Any, places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the source of a config of this name with the places that its command added."""
+    source = {**DEFAULT, "name": name, "searchpath": []}
+    for place in places:
+        if place["provider"] == "command-line":
+            source["dir"] = place["path"]
+        elif place["provider"] == "hydra.searchpath in command-line":
+            source["searchpath"].append(f"{place['schema']}://{place['path']}")
     return source
 
 
@@ -360,12 +365,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     found = None
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
         node = read_yaml(folder / ".hydra" / "hydra.yaml")
-        found = {**DEFAULT, "name": node["job"]["config_name"], "searchpath": []}
-        for place in node["runtime"]["config_sources"]:
-            if place["provider"] == "command-line":
-                found["dir"] = place["path"]
-            elif place["provider"] == "hydra.searchpath in command-line":
-                found["searchpath"].append(f"{place['schema']}://{place['path']}")
+        found = _added_to_conf(node["job"]["config_name"], node["runtime"]["config_sources"])
     return dict(DEFAULT) if found is None else checked(found, folder)
 
 
