@@ -101,9 +101,9 @@ def editors_map(names: Iterable[str]) -> dict[str, Any]:
 
 def of_group(group: str) -> dict[str, Any]:
     """Return the schema of a group's files; `definitions` holds one for each option."""
-    entries = _options_of(group)
-    names = [*_names(group)]
-    schema = _node(group, entries, {"defaults": _defaults_of_option(names)})
+    paths = sorted((CONF / group).glob("*.yaml"))
+    entries = [option(group, path.stem, in_conf) for path in paths]
+    schema = _node(group, entries, {"defaults": _defaults_of_option(_names(group))})
     return _shared(
         {
             "$schema": DRAFT,
@@ -170,7 +170,7 @@ def _chosen(group: str) -> Iterator[dict[str, Any]]:
             "then": {"properties": {group: {"$ref": f"{group}.json#/definitions/{definition}"}}},
         }
 
-    if names := [*_names(group)] if group != "logger" else []:  # a list chooses several
+    if names := _names(group) if group != "logger" else []:  # a list chooses several
         yield from (case(True, {"const": name}, name) for name in names)
         yield case(False, {"enum": names}, "node")
 
@@ -207,7 +207,7 @@ def _defaults(prefixes: Mapping[str, str]) -> dict[str, Any]:
     """Return the schema of a defaults list that chooses options of groups."""
     entries: dict[str, Any] = {}
     for group in sorted(_groups() - {"local"}):  # its files are this machine's
-        if not (options := [*_names(group)]):
+        if not (options := _names(group)):
             continue
         names = {"enum": options}
         chosen: dict[str, Any] = {
@@ -221,15 +221,11 @@ def _defaults(prefixes: Mapping[str, str]) -> dict[str, Any]:
         "type": "array",
         "items": {
             "anyOf": [
-                {"anyOf": [{"enum": ["_self_", *_primaries()]}, {"type": "string"}]},
+                {"anyOf": [{"enum": ["_self_", *_names("")]}, {"type": "string"}]},
                 {"type": "object", "properties": entries},
             ]
         },
     }
-
-
-def _primaries() -> list[str]:
-    return sorted(path.stem for path in CONF.glob("[!_]*.yaml"))
 
 
 # -- Keys ------------------------------------------------------------------------------------------
@@ -400,13 +396,9 @@ def _groups() -> set[str]:
     return {folder.relative_to(CONF).as_posix() for folder in folders} | {*RECIPES}
 
 
-def _names(group: str) -> Iterator[str]:
-    yield from sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
-
-
-def _options_of(group: str) -> list[KeyEntry]:
-    paths = sorted((CONF / group).glob("*.yaml"))
-    return [option(group, path.stem, in_conf) for path in paths]
+def _names(group: str) -> list[str]:
+    """Return the options of a group; of the group "", the primary configs."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 def _shared(schema: dict[str, Any]) -> dict[str, Any]:
