@@ -24,7 +24,6 @@ from running import composed
 from regrow import compose
 from regrow.cli import help
 from regrow.cli.entry import check_arguments
-from regrow.cli.help import OF_HYDRA
 from regrow.config import entries, flags, leads, own_modules, places, targets
 from regrow.config.check import RULES, check, shipped_node
 from regrow.config.command_line import paths_as_typed
@@ -37,7 +36,14 @@ from regrow.config.ranges import check_ranges
 from regrow.config.resume import expand
 from regrow.config.rules import applies, require
 from regrow.config.schemas import OF_TORCH
-from regrow.config.targets import allow, instantiate, is_allowed, locate, shipped_targets
+from regrow.config.targets import (
+    HYDRAS_OWN,
+    allow,
+    instantiate,
+    is_allowed,
+    locate,
+    shipped_targets,
+)
 from regrow.config.yaml_files import read_yaml
 from regrow.dotted import leaves
 from regrow.errors import UserError, did_you_mean
@@ -687,7 +693,7 @@ def faults_of_comments(entry: entries.KeyEntry, path: str) -> list[str]:
     found = []
     for name, each in entry.below.items():
         key = f"{path}.{name}"
-        is_bare = not each.comment and not each.below and name not in OF_HYDRA
+        is_bare = not each.comment and not each.below and name not in HYDRAS_OWN
         if is_bare or NEEDS_A_NEIGHBOUR.search(each.comment):
             found.append(key)
         found += faults_of_comments(each, key)

@@ -23,6 +23,7 @@ from regrow.config.keys import known_keys
 from regrow.config.leads import RECIPES, lead
 from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.target_docs import said_by_target
+from regrow.config.targets import HYDRAS_OWN
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError, did_you_mean
@@ -74,7 +75,6 @@ OTHERS: dict[str, list[Any]] = {
     "resize": [256],
     "vocabulary": ["bpe", "characters"],
 }
-OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
 def is_asked(arguments: Sequence[str]) -> bool:
@@ -136,7 +136,7 @@ def _overview(name: str, config: Any) -> Iterator[str]:
     yield "Common keys, and their values here:"
     common = [key for key in COMMON if OmegaConf.select(config, key, default=...) is not ...]
     if name in config and name != "train":
-        common = [f"{name}.{key}" for key in config[name] if key not in OF_HYDRA] + common
+        common = [f"{name}.{key}" for key in config[name] if key not in HYDRAS_OWN] + common
     pairs = [f"{key}={_value(config, key)}" for key in common]
     half = -(-len(pairs) // 2)
     for left, right in zip(pairs[:half], [*pairs[half:], ""], strict=False):
@@ -307,8 +307,8 @@ def _group(group: str, config: Any) -> Iterator[str]:
     chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
     options = places.options(group)
     is_typed = any(key_of(each) == group for each in config.hydra.overrides.task)
-    if is_typed and len(chosen) == 1 and (base := _base_of(group, chosen[0])):
-        yield from _option(group, chosen[0], base, config)
+    if is_typed and len(chosen) == 1 and BASE in inherited(group, chosen[0]):
+        yield from _option(group, chosen[0], config)
         return
     yield f"{group}=… chooses:"
     width = max(map(len, options)) + 2
@@ -340,16 +340,9 @@ def _said_of(path: Path) -> str:
     return said_by_target(target) or target
 
 
-def _base_of(group: str, name: str) -> KeyEntry | None:
-    """Return the keys that all options of a group share, if this option inherits them."""
-    if BASE not in inherited(group, name):
-        return None
-    return option(group, BASE)
-
-
-def _option(group: str, name: str, base: KeyEntry, config: Any) -> Iterator[str]:
+def _option(group: str, name: str, config: Any) -> Iterator[str]:
     """Yield the keys of an option: its own with their comments, then the shared in short."""
-    whole, path = option(group, name), places.file_of(group, name)
+    whole, base, path = option(group, name), option(group, BASE), places.file_of(group, name)
     head = _said_of(path) if path is not None else ""
     yield from _wrapped(f"{group}={name}:", head, column=4, most=2)
     own, repeats, rest = [], [], []
@@ -410,7 +403,7 @@ def _leaves(
     if not entry.below:
         yield path, entry, parent
     for name, each in entry.below.items():
-        if name not in OF_HYDRA:
+        if name not in HYDRAS_OWN:
             yield from _leaves(each, f"{path}.{name}", entry)
 
 
@@ -447,7 +440,7 @@ def _keys(path: str, entry: KeyEntry, parent: KeyEntry | None, config: Any) -> I
     if entry.target is not None:
         yield f"  _target_: {entry.target}"
     for name, each in entry.below.items():
-        if name in OF_HYDRA:
+        if name in HYDRAS_OWN:
             continue
         inner = f"{path}.{name}"
         if each.below:

@@ -39,8 +39,8 @@ rules: applies, integer, number, of_shipped, require, Rule, RULES
 schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 target_docs: said_by_target
-targets: allow, call_failed, instantiate, locate, named_packages, note_typed, place_in, SHOWS_ALL,
-    typed_below
+targets: allow, call_failed, HYDRAS_OWN, instantiate, locate, named_packages, note_typed, place_in,
+    SHOWS_ALL, typed_below
 yaml_files: plain_value, read_yaml, readable, redact_yaml
 yaml_keys: head_of
 """
