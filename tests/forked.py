@@ -136,6 +136,23 @@ def run(
     return done
 
 
+def run_script(
+    folder: Path, *arguments: str, script: str | Path = "train.py", path: str | Path = "",
+    code: int = 0,
+) -> str:  # fmt: skip
+    """Return what a script prints in `folder`; `path` is for modules. It must end with `code`."""
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    kept["PYTHONPATH"] = python_path(*filter(None, [SOURCE, path]))
+    done = run(
+        [sys.executable, str(SCRIPTS / script), *arguments], cwd=folder, env=kept,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+        timeout=300,
+    )  # fmt: skip
+    output: str = done.stdout
+    assert done.returncode == code and "Traceback" not in output, output
+    return output
+
+
 def _is_the_same(args: Sequence[str], env: Mapping[str, str] | None) -> bool:
     words = [str(word) for word in args]
     own = words[1] == "-c" or Path(words[1]).resolve().parent == SCRIPTS
