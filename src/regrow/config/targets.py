@@ -110,8 +110,6 @@ def instantiate(node: Mapping[str, Config], **arguments: Any) -> Any:
 
     Raises UserError for a target that is not allowed, cannot be imported or rejects its arguments.
     """
-    from hydra.errors import InstantiationException
-
     refuse_unknown_targets(node)
     try:
         return _made(node, arguments)
@@ -119,17 +117,14 @@ def instantiate(node: Mapping[str, Config], **arguments: Any) -> Any:
         if mistake := next((each for each in chain(raised) if isinstance(each, UserError)), None):
             raise mistake from None
         raise UserError(raised.in_words(node)) from raised.__cause__
-    except (InstantiationException, TypeError) as error:
-        # Handle only a TypeError from the call itself.
-        called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
-        if isinstance(error, TypeError) and not re.search(rf"{called} (got|missing) ", str(error)):
-            raise
-        if mistake := next((each for each in chain(error) if isinstance(each, UserError)), None):
-            raise mistake from None
+    except TypeError as error:
         named = str(node["_target_"])
+        called = rf"(__init__|\b{re.escape(named.rpartition('.')[2])})\(\)"
+        if not re.search(rf"{called} (got|missing) ", str(error)):  # not from the call itself
+            raise
         if refused := refused_argument(error, named):
             raise UserError(refused) from error
-        said = said_by(error)
+        said = brief(error)
         if "missing" in said and "required" in said:
             said += " " + _way_out(said, node, ())
         raise UserError(f"{_where(named)}: {said}") from error
@@ -380,7 +375,7 @@ def _place_of_a_library(error: BaseException) -> str:
 
 
 def said_by(error: BaseException) -> str:
-    """Return an error of `instantiate` in one line, with the user code's exception and its line."""
+    """Return an error of Hydra's about a target in one line, with the cause and its line."""
     said = brief(error)
     said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
     for cause in [*chain(error)][1:]:
