@@ -313,13 +313,13 @@ def in_copy(source: Mapping[str, Any], code: Path) -> dict[str, Any]:
     return {**source, **named, "searchpath": places}
 
 
-def arguments_of(source: Mapping[str, Any] | None, *, default: str = "train") -> list[str]:
+def arguments_of(source: Mapping[str, Any] | None) -> list[str]:
     """Return the arguments that select a source, flags first.
 
     A --config-dir below the current folder is relative to it.
     """
     source = source or DEFAULT
-    found = [] if source["name"] == default else ["--config-name", str(source["name"])]
+    found = [] if source["name"] == "train" else ["--config-name", str(source["name"])]
     if source["path"] is not None:
         found += ["--config-path", str(source["path"])]
     if source["dir"] is not None:
