@@ -95,22 +95,18 @@ def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
             "hydra.output_subdir out."
         )
     handlers = node["job_logging"].get("handlers") or {}
-    files = [
-        str(h["filename"]) for h in handlers.values() if isinstance(h, dict) and "filename" in h
-    ]
-    beside = [file for file in files if "runtime.output_dir" in file]
-    option = node["runtime"]["choices"].get("hydra/job_logging")
-    if beside or (is_sweep and handlers):
-        if is_sweep:
-            reason = "a job of a sweep logs to train.log in its folder, and to logs/ of the sweep."
-        else:
-            log = f"{node['job']['name'] or 'train'}.log"
-            reason = (
-                f"it would write {log} beside the run's own. A run logs to train.log in its folder."
-            )
+    chosen = f"hydra/job_logging={node['runtime']['choices'].get('hydra/job_logging')}"
+    if is_sweep and handlers:
         raise UserError(
-            f"hydra/job_logging={option}: {reason} Leave hydra/job_logging out"
-            + ("." if is_sweep else ", or use hydra/job_logging=stdout for other libraries' lines.")
+            f"{chosen}: a job of a sweep logs to train.log in its folder, and to logs/ of the "
+            "sweep. Leave hydra/job_logging out."
+        )
+    files = [str(each.get("filename")) for each in handlers.values() if isinstance(each, dict)]
+    if any("runtime.output_dir" in file for file in files):
+        raise UserError(
+            f"{chosen}: it would write {node['job']['name'] or 'train'}.log beside the run's own. "
+            "A run logs to train.log in its folder. Leave hydra/job_logging out, or use "
+            "hydra/job_logging=stdout for other libraries' lines."
         )
 
 
@@ -494,11 +490,11 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if shipped_task and kind not in LOSSES.get(loss, (kind,)):
         fitting = " or ".join(LOSSES[loss])
         raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
-    for group in ("model", "data.source", "data.augmentation"):
-        node = values["model"] if group == "model" else data.get(group.removeprefix("data."))
+    nodes = {f"data.{key}": data.get(key) for key in ("source", "augmentation")}
+    for path, node in {"model": values["model"], **nodes}.items():
         if isinstance(node, Mapping) and node.get("input_shape", ...) is None:
             raise UserError(
-                f"data.input_shape=null: {group}._target_={node.get('_target_')} takes a shape. "
+                f"data.input_shape=null: {path}._target_={node.get('_target_')} takes a shape. "
                 "Set it, such as data.input_shape='[3,64,64]'."
             )
     source = data["source"]

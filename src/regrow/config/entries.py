@@ -46,8 +46,7 @@ class KeyEntry:
 
     def listed(self) -> list[str]:
         """Return the options that the comment lists, if it is a list of words and no more."""
-        words = _WORDS.fullmatch(self.comment)
-        return self.suggested() if words else []
+        return self.suggested() if _WORDS.fullmatch(self.comment) else []
 
     def suggested(self) -> list[str]:
         """Return the options that the comment begins with, if the value is one of them."""

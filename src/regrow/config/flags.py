@@ -22,6 +22,7 @@ from regrow.config.command_line import command, quoted, read, relative, shell
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
+from regrow.record.records import read_json
 
 WITH_A_VALUE = {
     **{"-cn": "--config-name", "-cd": "--config-dir", "-cp": "--config-path"},
@@ -298,7 +299,7 @@ def folders_of(source: Mapping[str, Any]) -> dict[str, Path]:
 def copied_source(code: Path) -> dict[str, Any] | None:
     """Return the source whose folders were copied into a sweep's frozen code, or None."""
     with contextlib.suppress(OSError, ValueError):
-        return checked(_json(code / COPIES / "source.json"), code)
+        return checked(read_json(code / COPIES / "source.json"), code)
     return None
 
 
@@ -339,7 +340,7 @@ def of_sweep(folder: Path) -> dict[str, Any]:
     """Return the source of the sweep in `folder`; if an old sweep lacks it, a job's source."""
     first = None
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        content = _json(folder / "sweep.json")
+        content = read_json(folder / "sweep.json")
         if isinstance(content.get("config"), dict):
             first = content["config"]
         else:
@@ -358,7 +359,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
-        content = _json(folder / "manifest.json")
+        content = read_json(folder / "manifest.json")
         found = content.get("config") if isinstance(content, dict) else None
     if isinstance(found, dict):
         return checked(found, folder)
@@ -412,7 +413,3 @@ def followed_places(source: Mapping[str, Any] | None) -> list[str]:
     """Return the places of a source as a line of a run's seal; no line for `conf/` alone."""
     places = {key: source[key] for key in PLACES if source[key]} if source else {}
     return [json.dumps(places, sort_keys=True)] if places else []
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
