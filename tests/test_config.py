@@ -57,6 +57,7 @@ BAD = {
     "+optimizer.lrr=1": "torch.optim.AdamW has no such key. Did you mean optimizer.lr?",
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
     "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
+    "seed=true": "seed=true must be an integer of at least 0.",
     "sweep=optuna": "sweep=optuna: sweep keys only apply to sweeps. Add -m, or remove it.",
     "--config-dir gone": "gone: there is no such folder. Give its new place",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",

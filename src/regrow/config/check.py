@@ -30,7 +30,7 @@ from regrow.config.keys import options_with
 from regrow.config.origins import located
 from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
-from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusal, require, shown
+from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusal, require
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, note_typed, parameters_of
@@ -185,7 +185,7 @@ def _check_resume(resume: object, typed: Sequence[str]) -> None:
     if resume in ("auto", "never"):
         return
     if not isinstance(resume, str) or not Path(resume).is_dir():
-        raise UserError(f"resume={shown(resume)} must be auto, never or the folder of a run.")
+        raise UserError(f"resume={leads.shown(resume)} must be auto, never or the folder of a run.")
     if not any(line.startswith("resume=") for line in typed):
         raise UserError(
             f"resume={resume}: from a file, or with a plus, it does not resume that run. Type it: "
@@ -379,7 +379,7 @@ def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> Non
     if path == "data.augmentation" and node is None:
         return
     if not isinstance(node, Mapping):
-        raise UserError(f"{path}={shown(node)} must be a mapping of keys to values.")
+        raise UserError(f"{path}={leads.shown(node)} must be a mapping of keys to values.")
     if not shipped:  # this mapping accepts any key
         return
     target = node.get("_target_")
@@ -417,7 +417,7 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
         is_text = isinstance(value, str) and "${" not in value
         if applies(owner) or not is_text:  # a user's model may take a list as dropout
             return
-        example = f", such as its default, {shown(shipped)}"
+        example = f", such as its default, {leads.shown(shipped)}"
     if rule is not None and not rule.allows(value):
         way_out = ""
         if type(shipped) is int and isinstance(value, float) and not applies(owner):
@@ -544,7 +544,7 @@ def _check_mixing(data: Mapping[str, Any]) -> None:
         return
     if not isinstance(node, Mapping):
         raise UserError(
-            f"data.mixing={shown(node)} must be a node with a _target_, such as "
+            f"data.mixing={leads.shown(node)} must be a node with a _target_, such as "
             f"{{_target_: {lab_name()}.data.augment.MixUp, alpha: 0.2}}, or null."
         )
     parameters = check_signature(node, "data.mixing")

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from regrow.config.command_line import override, shell
+from regrow.config.leads import shown
 from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError
 from regrow.project import lab_name
@@ -417,7 +418,3 @@ def require(key: str, value: Any) -> None:
     """
     if not RULES[key].allows([*value] if isinstance(value, tuple) else value):
         raise UserError(refusal(key, value, RULES[key]))
-
-
-def shown(value: Any) -> str:
-    return "null" if value is None else str(value)
