@@ -10,9 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from regrow.config import entries, flags, leads, places
+from regrow.config import flags, leads, own_code, places
 from regrow.config.command_line import quoted, read, shell
 from regrow.config.keys import known_keys, options_with
 from regrow.config.origins import shown
@@ -526,8 +524,8 @@ def _in_python_alone(name: str, target: str) -> str:
     for node in reversed(nodes):
         line = f"{node}: {{{line}}}"
     return (
-        f"{name}: {target} takes it, and {shown(path)} does not list it. Add `{line}` to that "
-        f"file, or type a plus for this run alone: {once}"
+        f"{name}: {target} takes it, and {own_code.shown(path)} does not list it. Add `{line}` to "
+        f"that file, or type a plus for this run alone: {once}"
     )
 
 
@@ -568,11 +566,8 @@ def _target_that_takes(name: str) -> str | None:
     parent, _, key = name.rpartition(".")
     if not parent or not places.is_group(parent.split(".")[0]):
         return None
-    group, *below = parent.split(".")
-    node: Any = None
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # only a hint is lost
-        node = _chosen(group)
-    for part in below:
+    node = _of_choices()
+    for part in parent.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str) or key in node:
@@ -583,32 +578,6 @@ def _target_that_takes(name: str) -> str | None:
         if takes(target, parent, key):
             return target
     return None
-
-
-def _chosen(group: str) -> Any:
-    """Return the node of a group's chosen option, without values from the command line.
-
-    Composing the config takes a quarter of the error's whole time. Only a recipe, or a `_target_`
-    on the command line, requires it.
-    """
-    lines = dict(line.partition("=")[::2] for line in flags.split(sys.argv[1:])[1])
-    if any(key in leads.RECIPES or key.endswith("._target_") for key in lines):
-        return _of_choices().get(group)
-    by_default = _by_default(places.primary())
-    option = lines.get(group, by_default.get(group))
-    return entries.option(group, option).value if option else None
-
-
-def _by_default(name: str, seen: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the options that a primary config chooses, and those that it builds on, by group."""
-    path = places.file_of("", name)
-    found: dict[str, str] = {}
-    for choice in choices_of(path) if path is not None else ():
-        if choice.group:
-            found[choice.group] = choice.option
-        elif choice.option not in ("_self_", name, *seen):
-            found |= _by_default(choice.option, (*seen, name))
-    return found
 
 
 def _of_choices() -> Any:
