@@ -203,12 +203,10 @@ def _not_an_argument(word: str, equals: str, argument: str) -> str:
 
 def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
     """Return the argument that names `refused`, or a folder in it, for a run or a sweep."""
-    for argument in arguments if isinstance(refused, str) else ():
-        key, _, value = argument.partition("=")
-        names_one = key in ("hydra.run.dir", "hydra.sweep.dir")
-        value = path_of(key, value) if names_one else value
-        is_below = Path(value).absolute().is_relative_to(Path(refused).absolute())
-        if names_one and (is_below or "${" in value):
+    named = [a for a in arguments if a.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    for argument in named if isinstance(refused, str) else ():
+        place = path_of(*argument.split("=", maxsplit=1))
+        if "${" in place or Path(place).absolute().is_relative_to(Path(refused).absolute()):
             return argument
     return None
 
@@ -216,10 +214,11 @@ def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
 def not_utf8() -> str:
     """Return one line that names the file on the search path that is not UTF-8."""
     for path in (path for place in places.folders() for path in sorted(place.rglob("*.yaml"))):
+        content = path.read_bytes()
         try:
-            path.read_bytes().decode("utf-8")
+            content.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = path.read_bytes()[: error.start].count(b"\n") + 1
+            line = content[: error.start].count(b"\n") + 1
             return f"{shown(path)}:{line} is not UTF-8. Save the file as UTF-8."
     return "a file of the config is not UTF-8. Save it as UTF-8."
 
