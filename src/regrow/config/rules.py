@@ -75,7 +75,8 @@ OF_A_PATH: Schema = {"type": "string", "pattern": "[./]"}  # so that a misspelt 
 def fits(value: Any, schema: Schema) -> bool:
     """Return True if `value` is valid under the schema of a rule."""
     kinds = schema.get("type", ())
-    if kinds and not any(TYPES[kind](value) for kind in _listed(kinds)):
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(TYPES[kind](value) for kind in kinds):
         return False
     if "enum" in schema and not any(type(v) is type(value) and v == value for v in schema["enum"]):
         return False
@@ -99,10 +100,6 @@ def fits(value: Any, schema: Schema) -> bool:
             if inner is False or not fits(its, inner):
                 return False
     return all(fit(value, schema[name]) for name, fit in limits.items() if name in schema)
-
-
-def _listed(kinds: str | list[str]) -> list[str]:
-    return [kinds] if isinstance(kinds, str) else kinds
 
 
 def integer(low: int) -> Rule:

@@ -134,7 +134,7 @@ def of_primaries() -> dict[str, Any]:
         "title": "conf",
         "description": "A config that --config-name names. It chooses the groups' options.",
         "type": "object",
-        "properties": {"defaults": _defaults({}), **_top_level()},
+        "properties": {"defaults": _defaults("", "override "), **_top_level()},
     }
 
 
@@ -149,7 +149,7 @@ def of_recipes() -> dict[str, Any]:
         "title": "overrides",
         "description": "Overrides of any key. The first line must be `# @package _global_`.",
         "type": "object",
-        "properties": {"defaults": _defaults({"override /": "/"}), **keys},
+        "properties": {"defaults": _defaults("override /", "/"), **keys},
         "additionalProperties": False,
         "allOf": [case for cases in chosen.values() for case in cases],
     }
@@ -203,8 +203,8 @@ def _defaults_of_option(names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _defaults(prefixes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the schema of a defaults list that chooses options of groups."""
+def _defaults(*prefixes: str) -> dict[str, Any]:
+    """Return the schema of a defaults list that chooses options of groups behind these prefixes."""
     entries: dict[str, Any] = {}
     for group in sorted(_groups() - {"local"}):  # its files are this machine's
         if not (options := _names(group)):
@@ -214,8 +214,7 @@ def _defaults(prefixes: Mapping[str, str]) -> dict[str, Any]:
             "description": f"the option of the group {group}",
             "anyOf": [names, {"type": ["string", "null"]}, {"type": "array", "items": names}],
         }
-        for prefix in [*prefixes, *prefixes.values()] or ["", "override "]:
-            entries[f"{prefix}{group}"] = chosen
+        entries |= {f"{prefix}{group}": chosen for prefix in prefixes}
     return {
         "description": "the options that are chosen, and _self_: the keys of this file",
         "type": "array",
