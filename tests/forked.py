@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,6 +152,13 @@ def run_script(
     output: str = done.stdout
     assert done.returncode == code and "Traceback" not in output, output
     return output
+
+
+def copy_project(folder: Path) -> None:
+    """Copy what a project needs to run into `folder`."""
+    for part in ("src", "conf", "scripts"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
 
 
 def _is_the_same(args: Sequence[str], env: Mapping[str, str] | None) -> bool:
