@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -134,6 +135,30 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def run_script(
+    folder: Path, *arguments: str, script: str | Path = "train.py", path: str | Path = "",
+    code: int = 0,
+) -> str:  # fmt: skip
+    """Return what a script prints in `folder`; `path` is for modules. It must end with `code`."""
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    kept["PYTHONPATH"] = python_path(*filter(None, [SOURCE, path]))
+    done = run(
+        [sys.executable, str(SCRIPTS / script), *arguments], cwd=folder, env=kept,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+        timeout=300,
+    )  # fmt: skip
+    output: str = done.stdout
+    assert done.returncode == code and "Traceback" not in output, output
+    return output
+
+
+def copy_project(folder: Path) -> None:
+    """Copy what a project needs to run into `folder`."""
+    for part in ("src", "conf", "scripts"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
 
 
 def _is_the_same(args: Sequence[str], env: Mapping[str, str] | None) -> bool:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-import forked
 import pytest
-
-from regrow.project import ROOT
+from forked import run_script
 
 MIXER = """from torch import nn
 
@@ -30,15 +25,7 @@ NODE = "# Mine.\n_target_: mixer.Mixer\nnum_outputs: ${data.num_outputs}\n"
 
 
 def train(folder: Path, *arguments: str, code: int = 0) -> str:
-    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    kept["PYTHONPATH"] = forked.python_path(ROOT / "src", folder)
-    done = forked.run(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments], cwd=folder, env=kept,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
-    return done.stdout
+    return run_script(folder, *arguments, path=folder, code=code)
 
 
 # A mistake, what its error says, and whether the command behind it must compose.

@@ -24,7 +24,6 @@ from running import composed
 from regrow import compose
 from regrow.cli import help
 from regrow.cli.entry import check_arguments
-from regrow.cli.help import OF_HYDRA
 from regrow.config import entries, flags, leads, own_modules, places, targets
 from regrow.config.check import RULES, check, shipped_node
 from regrow.config.command_line import paths_as_typed
@@ -37,7 +36,14 @@ from regrow.config.ranges import check_ranges
 from regrow.config.resume import expand
 from regrow.config.rules import applies, require
 from regrow.config.schemas import OF_TORCH
-from regrow.config.targets import allow, instantiate, is_allowed, locate, shipped_targets
+from regrow.config.targets import (
+    HYDRAS_OWN,
+    allow,
+    instantiate,
+    is_allowed,
+    locate,
+    shipped_targets,
+)
 from regrow.config.yaml_files import read_yaml
 from regrow.dotted import leaves
 from regrow.errors import UserError, did_you_mean
@@ -51,6 +57,7 @@ BAD = {
     "+optimizer.lrr=1": "torch.optim.AdamW has no such key. Did you mean optimizer.lr?",
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
     "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
+    "seed=true": "seed=true must be an integer of at least 0.",
     "sweep=optuna": "sweep=optuna: sweep keys only apply to sweeps. Add -m, or remove it.",
     "--config-dir gone": "gone: there is no such folder. Give its new place",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
@@ -441,7 +448,7 @@ def test_a_range_binds_each_of_several_models_and_no_class_of_ones_own() -> None
 
 
 def test_every_trainer_key_that_may_be_null_says_what_else_it_may_be() -> None:
-    shipped = shipped_node("trainer", "default") or {}
+    shipped = shipped_node("trainer", "default")
     nulls = [f"trainer.{key}" for key, value in leaves(shipped).items() if value is None]
     assert [key for key in nulls if key not in RULES] == []
 
@@ -530,7 +537,7 @@ def test_a_key_that_the_target_takes_and_the_file_leaves_out_may_be_added() -> N
 
 
 def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:
-    removed = [f"~model.{key}" for key in (shipped_node("model", "mlp") or {}) if key[0] != "_"]
+    removed = [f"~model.{key}" for key in shipped_node("model", "mlp") if key[0] != "_"]
     target = ("model._target_=torch.nn.Transformer", "+model.dropout=7")
     made = composed(*removed, *target)
     check(made, made.hydra.runtime.choices)
@@ -690,7 +697,7 @@ def faults_of_comments(entry: entries.KeyEntry, path: str) -> list[str]:
     found = []
     for name, each in entry.below.items():
         key = f"{path}.{name}"
-        is_bare = not each.comment and not each.below and name not in OF_HYDRA
+        is_bare = not each.comment and not each.below and name not in HYDRAS_OWN
         if is_bare or NEEDS_A_NEIGHBOUR.search(each.comment):
             found.append(key)
         found += faults_of_comments(each, key)

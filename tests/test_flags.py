@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
+from forked import run_script as run
 from running import TINY
 
 from regrow.config import flags
@@ -24,17 +21,6 @@ from regrow.sweep import frozen
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
 MINE = "defaults:\n  - train\n  - _self_\nnotes: mine\n"
-
-
-def run(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) -> str:
-    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    done = forked.run(
-        [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=kept,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
-    return done.stdout
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from running import TINY
 import regrow
 from regrow.cli import entry
 from regrow.cli.entry import hydras_targets
-from regrow.config import check, flags, roles, yaml_files
+from regrow.config import check, flags, own_code, roles, yaml_files
 from regrow.config.hydra_access import plain
 from regrow.config.keys import known_keys
 from regrow.config.targets import allow, instantiate, refuse_unknown_targets, shipped_targets
@@ -189,7 +189,7 @@ def conf(tmp_path: Path, monkeypatch: Any) -> Iterator[Path]:
     for module in (entry, yaml_files, check, roles):
         if hasattr(module, "CONF"):
             monkeypatch.setattr(module, "CONF", copy)
-    for module in (entry, yaml_files):
+    for module in (own_code, yaml_files):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     shipped_targets.cache_clear()
     roles.listed.cache_clear()

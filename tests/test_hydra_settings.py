@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import enum
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import cast
 
-import forked
 import pytest
+from forked import run_script as run
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from running import TINY, composed
@@ -31,20 +29,6 @@ from regrow.record.redact import redact
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
 WRONG = "optimizer.lr=0"  # ends an otherwise valid command before a run starts
 SAID = "optimizer.lr=0 must be"
-
-
-def run(
-    folder: Path, *arguments: str, script: str | Path = "train.py", path: str = "", code: int = 0
-) -> str:
-    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    kept["PYTHONPATH"] = forked.python_path(*filter(None, [ROOT / "src", path]))
-    done = forked.run(
-        [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=kept,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
-    return done.stdout
 
 
 def written(folder: Path, **files: str) -> Path:

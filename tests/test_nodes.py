@@ -13,6 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from running import composed
 
+import regrow
 from regrow.config.check import shipped_node
 from regrow.config.hydra_access import plain
 from regrow.config.targets import locate
@@ -68,19 +69,25 @@ def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
 def test_the_keys_of_a_node_are_its_targets_parameters(group: str, option: str) -> None:
-    shipped = shipped_node(group, option)
-    assert shipped is not None
-    for path, node in nodes(shipped, group):
+    for path, node in nodes(shipped_node(group, option), group):
         assert mismatches(group, node, path) == set(), f"{path} of {group}={option}"
 
 
 def test_a_key_that_no_parameter_answers_to_is_found() -> None:
-    node = {**(shipped_node("optimizer", "muon") or {}), "lrr": 1.0}
+    node = {**shipped_node("optimizer", "muon"), "lrr": 1.0}
     assert mismatches("optimizer", node, "optimizer") == {"lrr"}
     del node["lr"]
     assert mismatches("optimizer", node, "optimizer") == {"lrr", "lr"}
     others = {"_target_": "torch.optim.Adamax", "lr": 0.1, "lrr": 0.1}  # its own may be left out
     assert mismatches("optimizer", others, "optimizer") == {"lrr"}
+
+
+def test_a_file_may_give_weights_to_classes_by_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "loss").mkdir()
+    text = "defaults: [cross_entropy, _self_]\nclass_weights: {0: 1.0, 1: 2.0}\n"
+    (tmp_path / "loss" / "mine.yaml").write_text(text)
+    config = regrow.compose(overrides=["loss=mine", f"hydra.searchpath=[{tmp_path}]"])
+    assert config.loss.class_weights == {"0": 1.0, "1": 2.0}
 
 
 def missing(node: Any) -> set[str]:

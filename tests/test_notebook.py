@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,9 +188,7 @@ def test_resolvers_are_imported_once_and_not_from_elsewhere(
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own") / "project"
-    for part in ("src", "conf", "scripts"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    forked.copy_project(folder)
     (folder / "resolvers.py").write_text(RESOLVERS)
     # A config and a model that need it, the model in the process that builds it.
     model = (

@@ -407,7 +407,7 @@ def keys_now() -> dict[str, set[str]]:
 
     for group in RECORDED:
         for option in places.options(group):
-            add(shipped_node(group, option) or {})
+            add(shipped_node(group, option))
     return found
 
 

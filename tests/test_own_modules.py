@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +36,7 @@ QUICK = ("trainer.max_steps=3", "trainer.device=cpu", "trainer.num_threads=1", "
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own") / "project"
-    for part in ("src", "conf", "scripts"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    forked.copy_project(folder)
     (folder / "my_net.py").write_text(NET)
     (folder / "my_models" / "deep").mkdir(parents=True)  # a package without an __init__.py
     (folder / "my_models" / "deep" / "net.py").write_text("from my_net import Net\n")
@@ -154,10 +151,7 @@ def test_a_path_that_pythonpath_would_split_is_refused_in_one_line(
     given: tuple[str, ...], tmp_path: Path
 ) -> None:
     project = tmp_path / "a:b"
-    project.mkdir()
-    for part in ("src", "conf", "scripts"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / part, project / part, ignore=ignored)
+    forked.copy_project(project)
     done = forked.run(
         [sys.executable, "-c", AS_A_SCRIPT, str(project / "scripts"), *QUICK, *given],
         cwd=tmp_path, capture_output=True, text=True, timeout=100,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import forked
 import pytest
 from running import TINY
 
-from regrow.project import ROOT
 from regrow.record.records import load_status
 
 # Used as the project's path and as a run's.
@@ -31,10 +29,7 @@ LONG = ("trainer.max_steps=1000000", "trainer.max_epochs=null", "trainer.log_eve
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this project in a folder with every awkward character, and `python` on its PATH."""
     root = tmp_path_factory.mktemp("projects") / PLACE
-    root.mkdir(parents=True)
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for part in ("src", "conf", "scripts"):
-        shutil.copytree(ROOT / part, root / part, ignore=ignored)
+    forked.copy_project(root)
     python = root / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")

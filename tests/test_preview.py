@@ -6,15 +6,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import forked
 import pytest
+from forked import run_script as train
 from PIL import Image
 from running import CPU, TINY, composed, config_of, launched
 
@@ -28,17 +25,6 @@ from regrow.runs import launch, preview, training
 from regrow.runs.banner import config_tree, unread_root
 
 GAN = ("--config-dir", str(ROOT / "src" / "lab" / "examples" / "gan" / "conf"))
-
-
-def train(folder: Path, *arguments: str, code: int = 0) -> str:
-    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    done = forked.run(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments], cwd=folder, env=kept,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
-    return done.stdout
 
 
 def hashes(folder: Path) -> dict[Path, str]:

@@ -139,11 +139,11 @@ def test_a_config_file_that_is_not_utf_8_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from regrow.cli import entry
-    from regrow.config import places
+    from regrow.config import own_code, places
 
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "bad.yaml").write_bytes(b"a: 1\nb: \xfc\n")
-    monkeypatch.setattr(entry, "ROOT", tmp_path)
+    monkeypatch.setattr(own_code, "ROOT", tmp_path)
     monkeypatch.setattr(places, "CONF", tmp_path / "conf")
     assert entry.not_utf8().startswith("conf/bad.yaml:2 is not UTF-8.")
 

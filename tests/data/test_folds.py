@@ -218,9 +218,7 @@ def test_impossible_folds_are_refused_before_the_data_is_read(
 def test_the_recipe_names_every_source_that_makes_folds() -> None:
     page = (CONF.parent / "docs" / "recipes" / "folds.md").read_text(encoding="utf-8")
     options = [path.stem for path in (CONF / "data").glob("[!_]*.yaml")]
-    made = {
-        name for name in options if "folds" in (shipped_node("data", name) or {}).get("source", {})
-    }
+    made = {name for name in options if "folds" in shipped_node("data", name).get("source", {})}
     assert len(made) > 8
     assert made == {name for name in options if f"`{name}`" in page}
 

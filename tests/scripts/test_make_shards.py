@@ -144,6 +144,7 @@ def test_a_command_killed_at_any_instant_is_continued_by_itself(
         (("output=a",), "there is nothing to write: add folder=…, data=… or data._target_=…"),
         (("output=a", "data=digit"), "data=digit: there is no such option. Did you mean digits?"),
         (("output=a", "data=digits", "folder=b"), "folder=b and data=digits: give one of them."),
+        (("output=a", "data=digits", "data.seed=1,2"), "values are a sweep, not one config."),
         (("output=a", "data=csv"), "must be given: add data."),
         (("output=a", "folder=none"), "data.root=none: not a folder."),
         (("output=a", "data=digits", "block_mb=0"), "block_mb=0 must be more than 0."),

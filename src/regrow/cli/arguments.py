@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,16 @@ from typing import Any
 import yaml
 
 from regrow.config.command_line import PATHS
+from regrow.config.rules import Rule, integer, number
 from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError, did_you_mean
+
+KINDS = {
+    "boolean": Rule("true or false", {"type": "boolean"}),
+    "integer": integer(1),
+    "count": integer(0),
+    "number": Rule("a number of at least 0", number(0).schema),
+}
 
 
 @dataclass(frozen=True)
@@ -87,18 +94,10 @@ def _value(key: str, value: str, option: Option) -> Any:
         raise UserError(f"{key}={value} must be one of {', '.join(option.choices)}.")
     if option.kind == "text":
         return value
-    read = _plain(key, value)
-    if option.kind == "boolean" and not isinstance(read, bool):
-        raise UserError(f"{key}={value} must be true or false.")
-    if option.kind == "integer" and (type(read) is not int or read < 1):
-        raise UserError(f"{key}={value} must be an integer of at least 1.")
-    if option.kind == "count" and (type(read) is not int or read < 0):
-        raise UserError(f"{key}={value} must be an integer of at least 0.")
-    if option.kind == "number":
-        if type(read) not in (int, float) or not 0 <= read < math.inf:
-            raise UserError(f"{key}={value} must be a number of at least 0.")
-        return float(read)
-    return read
+    read, rule = _plain(key, value), KINDS[option.kind]
+    if not rule.allows(read):
+        raise UserError(f"{key}={value} must be {rule.says}.")
+    return float(read) if option.kind == "number" else read
 
 
 def _plain(key: str, value: str) -> Any:

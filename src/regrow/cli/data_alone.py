@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import flags
+from regrow.cli.notebook import composed
 from regrow.config.check import check_data
 from regrow.config.command_line import paths_as_typed, quoted, read, shell
-from regrow.config.composition import composition, hydra_as_it_was
-from regrow.config.explain import composition_error, hydras_value_error, wrong_options
 from regrow.config.hydra_access import plain
 from regrow.config.targets import allow, instantiate
 from regrow.errors import UserError
@@ -27,27 +24,12 @@ def data_of(overrides: Sequence[str]) -> Data:
 
     Raises UserError with one line for a mistake.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-
     raw = ["data.normalize=none", "data.augment=false", "data.num_workers=0"]
-    with hydra_as_it_was():
-        if (wrong := wrong_options(overrides)) is not None:
-            raise UserError(wrong)
-        try:
-            typed = flags.absolute(paths_as_typed([*overrides, *raw], multirun=False))
-            config = composition({**flags.DEFAULT, "name": "train"}, typed)
-            HydraConfig.instance().set_config(config)
-            for key in config.data:
-                if OmegaConf.is_missing(config.data, key):
-                    raise UserError(f"data.{key} must be given: add data.{key}=…")
-            node, seed = plain(config.data), int(config.seed)  # that of a run, not data.seed
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(composition_error(error)) from error
-        except ValueError as error:
-            if isinstance(error, UserError) or (wrong := hydras_value_error(error)) is None:
-                raise
-            raise UserError(wrong) from error
+    with composed("train", [*overrides, *raw]) as config:
+        for key in config.data:
+            if OmegaConf.is_missing(config.data, key):
+                raise UserError(f"data.{key} must be given: add data.{key}=…")
+        node, seed = plain(config.data), int(config.seed)  # that of a run, not data.seed
     source = node.get("source")
     if isinstance(source, dict) and source.get("root", "") is None:
         raise UserError("data.root must be given: add data.root=…")
@@ -80,9 +62,16 @@ def datasets_of(overrides: Sequence[str], seed: int) -> dict[str, Any]:
         place[last] = value
     allow(node)
     seed_data(seed)
-    made = instantiate(node) if "_target_" in node else {
-        name: instantiate(each) for name, each in node.items() if _has_target(name, each)
-    }  # fmt: skip
+    if "_target_" in node:
+        made = instantiate(node)
+    else:
+        for name, each in node.items():
+            if not isinstance(each, dict) or "_target_" not in each:
+                raise UserError(
+                    f"data.{name}: without data=… or folder=…, it must name a data set. Add "
+                    f"data.{name}._target_=…"
+                )
+        made = {name: instantiate(each) for name, each in node.items()}
     if not hasattr(made, "keys"):
         made = {"train": made}
     for name in made.keys():  # noqa: SIM118  not every mapping of data sets can be iterated
@@ -92,12 +81,3 @@ def datasets_of(overrides: Sequence[str], seed: int) -> dict[str, Any]:
                 "Give a map-style data set."
             )
     return {str(name): made[name] for name in made.keys()}  # noqa: SIM118
-
-
-def _has_target(name: str, node: Any) -> bool:
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise UserError(
-            f"data.{name}: without data=… or folder=…, it must name a data set. Add "
-            f"data.{name}._target_=…"
-        )
-    return True

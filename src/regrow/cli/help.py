@@ -23,6 +23,7 @@ from regrow.config.keys import known_keys
 from regrow.config.leads import RECIPES, lead
 from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.target_docs import said_by_target
+from regrow.config.targets import HYDRAS_OWN
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError, did_you_mean
@@ -74,7 +75,6 @@ OTHERS: dict[str, list[Any]] = {
     "resize": [256],
     "vocabulary": ["bpe", "characters"],
 }
-OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
 def is_asked(arguments: Sequence[str]) -> bool:
@@ -136,7 +136,7 @@ def _overview(name: str, config: Any) -> Iterator[str]:
     yield "Common keys, and their values here:"
     common = [key for key in COMMON if OmegaConf.select(config, key, default=...) is not ...]
     if name in config and name != "train":
-        common = [f"{name}.{key}" for key in config[name] if key not in OF_HYDRA] + common
+        common = [f"{name}.{key}" for key in config[name] if key not in HYDRAS_OWN] + common
     pairs = [f"{key}={_value(config, key)}" for key in common]
     half = -(-len(pairs) // 2)
     for left, right in zip(pairs[:half], [*pairs[half:], ""], strict=False):
@@ -241,7 +241,7 @@ def _others(
     key = f"{group.replace('/', '.')}.{below}"
     for name in places.options(group):
         whole = option(group, name)
-        found, parent = _at(whole, below), _at(whole, below.rpartition(".")[0])
+        found, parent = whole.at(below), _parent(whole, below)
         if name != shown and found is not None and not found.below:
             facts = (_plain(found.value), accepted(key, found, parent), found.comment)
             alike.setdefault(facts, []).append(name)
@@ -307,8 +307,8 @@ def _group(group: str, config: Any) -> Iterator[str]:
     chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
     options = places.options(group)
     is_typed = any(key_of(each) == group for each in config.hydra.overrides.task)
-    if is_typed and len(chosen) == 1 and (base := _base_of(group, chosen[0])):
-        yield from _option(group, chosen[0], base, config)
+    if is_typed and len(chosen) == 1 and BASE in inherited(group, chosen[0]):
+        yield from _option(group, chosen[0], config)
         return
     yield f"{group}=… chooses:"
     width = max(map(len, options)) + 2
@@ -340,21 +340,15 @@ def _said_of(path: Path) -> str:
     return said_by_target(target) or target
 
 
-def _base_of(group: str, name: str) -> KeyEntry | None:
-    """Return the keys that all options of a group share, if this option inherits them."""
-    if BASE not in inherited(group, name):
-        return None
-    return option(group, BASE)
-
-
-def _option(group: str, name: str, base: KeyEntry, config: Any) -> Iterator[str]:
+def _option(group: str, name: str, config: Any) -> Iterator[str]:
     """Yield the keys of an option: its own with their comments, then the shared in short."""
-    whole, path = option(group, name), places.file_of(group, name)
+    whole, base, path = option(group, name), option(group, BASE), places.file_of(group, name)
     head = _said_of(path) if path is not None else ""
     yield from _wrapped(f"{group}={name}:", head, column=4, most=2)
     own, repeats, rest = [], [], []
     for key, entry, parent in _leaves(whole, group):
-        name_below, shared = key.removeprefix(f"{group}."), _at(base, key.removeprefix(f"{group}."))
+        name_below = key.removeprefix(f"{group}.")
+        shared = base.at(name_below)
         is_usual = _current(key, entry, config) == _plain(entry.value) or _follows(key, config)
         is_shared = shared is not None and (shared.value == entry.value or key in SELDOM)
         if is_usual and (of := repeated(key, entry.value)) and key not in SELDOM:
@@ -409,40 +403,33 @@ def _leaves(
     if not entry.below:
         yield path, entry, parent
     for name, each in entry.below.items():
-        if name not in OF_HYDRA:
+        if name not in HYDRAS_OWN:
             yield from _leaves(each, f"{path}.{name}", entry)
-
-
-def _at(entry: KeyEntry | None, key: str) -> KeyEntry | None:
-    for part in key.split(".") if key else ():
-        entry = entry.below.get(part) if entry is not None else None
-    return entry
 
 
 def _entry(key: str, config: Any) -> tuple[KeyEntry | None, KeyEntry | None, str]:
     """Return a key with its node, and the option or file that it belongs to."""
     parts = key.split(".")
-    found, parent, where = None, None, ""
     for number in range(1, max(len(parts), 2)):  # a group may lie in a group
-        group, below = "/".join(parts[:number]), parts[number:]
+        group, below = "/".join(parts[:number]), ".".join(parts[number:])
         if not places.is_group(group):
             break
         chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
         options = [*chosen, *(each for each in places.options(group) if each not in chosen)]
         for name in options:
-            found, parent, where = option(group, name), None, f"{group}={name}"
-            for part in below:
-                found, parent = (found.below.get(part), found) if found else (None, None)
-            if found is not None:
-                return found, parent, where
-    for folder in places.folders():
-        for path in sorted(folder.glob("*.yaml")):
-            found, parent = of_file(path, path.stem), None
-            for part in key.split("."):
-                found, parent = (found.below.get(part), found) if found else (None, None)
-            if found is not None:
-                return found, parent, places.primary_file(path.stem)
+            whole = option(group, name)
+            if (found := whole.at(below)) is not None:
+                return found, _parent(whole, below), f"{group}={name}"
+    for path in (path for folder in places.folders() for path in sorted(folder.glob("*.yaml"))):
+        whole = of_file(path, path.stem)
+        if (found := whole.at(key)) is not None:
+            return found, _parent(whole, key), places.primary_file(path.stem)
     return None, None, ""
+
+
+def _parent(whole: KeyEntry, key: str) -> KeyEntry | None:
+    """Return the entry that holds the dotted key below `whole`; None for `whole` itself."""
+    return whole.at(key.rpartition(".")[0]) if key else None
 
 
 def _keys(path: str, entry: KeyEntry, parent: KeyEntry | None, config: Any) -> Iterator[str]:
@@ -453,7 +440,7 @@ def _keys(path: str, entry: KeyEntry, parent: KeyEntry | None, config: Any) -> I
     if entry.target is not None:
         yield f"  _target_: {entry.target}"
     for name, each in entry.below.items():
-        if name in OF_HYDRA:
+        if name in HYDRAS_OWN:
             continue
         inner = f"{path}.{name}"
         if each.below:

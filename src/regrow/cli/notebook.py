@@ -5,7 +5,8 @@ They start no run and write nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +16,7 @@ from regrow.config import flags
 from regrow.config.command_line import escaped, paths_as_typed
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
-from regrow.config.hydra_access import plain
+from regrow.config.hydra_access import plain, without_hydra
 from regrow.config.own_modules import import_own_modules
 from regrow.dotted import Config
 from regrow.errors import UserError
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Return the config as `python scripts/train.py …` would compose and check it, resolved."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-
     from regrow.config.check import check
 
     if isinstance(overrides, str):
@@ -42,16 +40,30 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
                 f"{override}: compose does not resume runs. regrow.load.load_run gives its model; "
                 "a new run starts from its weights with init_from=…"
             )
+    with composed(config_name, overrides) as config:
+        check(config, config.hydra.runtime.choices)
+        values = plain(without_hydra(config))
+    resolved: DictConfig = OmegaConf.create(_literal(values))
+    return resolved
+
+
+@contextlib.contextmanager
+def composed(name: str, overrides: Sequence[str]) -> Iterator[DictConfig]:
+    """Yield the composed config, with the node `hydra`, while it is Hydra's own.
+
+    Raises UserError for an error of Hydra's, also of one while its values are read.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
     with hydra_as_it_was():
         if (wrong := wrong_options(overrides)) is not None:
             raise UserError(wrong)
         try:
             typed = flags.absolute(paths_as_typed(overrides, multirun=False))
-            config = composition({**flags.DEFAULT, "name": config_name}, typed)
+            config = composition({**flags.DEFAULT, "name": name}, typed)
             HydraConfig.instance().set_config(config)
-            check(config, config.hydra.runtime.choices)
-            names = [str(key) for key in config if key != "hydra"]
-            values = plain(OmegaConf.masked_copy(config, names))
+            yield config
         except (HydraException, OmegaConfBaseException) as error:
             said = composition_error(error)
             raise UserError(said.replace("a sweep: add -m.", "a sweep, not one config.")) from error
@@ -59,8 +71,6 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             if isinstance(error, UserError) or (wrong := hydras_value_error(error)) is None:
                 raise
             raise UserError(wrong) from error
-    resolved: DictConfig = OmegaConf.create(_literal(values))
-    return resolved
 
 
 def build(config: Mapping[str, Config] | DictConfig) -> Objects:
@@ -72,7 +82,7 @@ def build(config: Mapping[str, Config] | DictConfig) -> Objects:
     import_own_modules()
     try:
         node = config if isinstance(config, DictConfig) else OmegaConf.create(_literal(config))
-        values = plain(OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]))
+        values = plain(without_hydra(node))
     except OmegaConfBaseException as error:
         raise UserError(
             f"{composition_error(error)} Compose it with regrow.compose, which resolves it."

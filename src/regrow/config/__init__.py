@@ -12,10 +12,11 @@ entries: accepted, KeyEntry, inherited, of_file, option, repeated, set_at
 explain: composition_error, hydras_value_error, wrong_options
 flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
     followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,
-    source_of, split, typed
+    source_of, split, typed, WITH_A_VALUE
 foreign: check_roles_of_run, downloads_elsewhere, if_trusted, is_foreign, is_own, places_of_conf,
     refuse_remote
-hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, version_arguments
+hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides,
+    version_arguments, without_hydra
 hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
@@ -34,12 +35,12 @@ resume: expand
 resumed_config: differences, has_changes, is_done, LACKED, lacked_before, lacked_keys, reached,
     resumed
 roles: check_roles
-rules: applies, of_shipped, require, RULES
+rules: applies, integer, number, of_shipped, require, Rule, RULES
 schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 target_docs: said_by_target
-targets: allow, call_failed, instantiate, locate, named_packages, note_typed, place_in, SHOWS_ALL,
-    typed_below
+targets: allow, call_failed, HYDRAS_OWN, instantiate, locate, named_packages, note_typed, place_in,
+    SHOWS_ALL, typed_below
 yaml_files: plain_value, read_yaml, readable, redact_yaml
 yaml_keys: head_of
 """

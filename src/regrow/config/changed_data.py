@@ -27,13 +27,15 @@ def refuse_other_data(
     before = recorded_data(folder)
     changed = {
         name: {"was": before.get(name), "is": fingerprint.get(name)}
-        for name in (*fingerprint, *(name for name in before if name not in fingerprint))
+        for name in {**fingerprint, **before}
         if before and fingerprint.get(name) != before.get(name)
     }
     now = typed(overrides)
     values = [o.partition("=")[2] for o in now if key_of(o) == CHANGED]
     if changed and values[-1:] != ["accept"]:
-        shown = "; ".join(_change_of(name, **both) for name, both in changed.items())
+        shown = "; ".join(
+            _change_of(name, both["was"], both["is"]) for name, both in changed.items()
+        )
         more = [o for o in now if key_of(o) != CHANGED] if now != [*overrides] else []
         typed_now = command_line.shell(
             [command_line.override("resume", folder), *more, f"{CHANGED}=accept"]
@@ -43,7 +45,7 @@ def refuse_other_data(
             f"new run, or resume with the data as it is now: {typed_now}"
         )
     for name, both in changed.items():
-        log.warning("%s=accept: %s", CHANGED, _change_of(name, **both))
+        log.warning("%s=accept: %s", CHANGED, _change_of(name, both["was"], both["is"]))
     return changed
 
 
@@ -55,7 +57,7 @@ def change_of_split(folder: Path, name: str, fingerprint: Mapping[str, Any]) -> 
     before = (_latest_data(folder) or {}).get(name)
     if not isinstance(before, dict) or before == fingerprint:
         return ""
-    return _change_of(name, before, **{"is": fingerprint})
+    return _change_of(name, before, fingerprint)
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
@@ -77,8 +79,8 @@ def _latest_data(folder: Path) -> Any:
     return recorded.get("data")
 
 
-def _change_of(name: str, was: Any, **now: Any) -> str:
-    counts = [(it or {}).get("examples", 0) for it in (was, now["is"])]
-    if counts[0] != counts[1]:
-        return f"{name}: {counts[0]:,} examples then, {counts[1]:,} now"
-    return f"{name}: other content in {counts[1]:,} examples"
+def _change_of(name: str, before: Any, now: Any) -> str:
+    then, today = ((it or {}).get("examples", 0) for it in (before, now))
+    if then != today:
+        return f"{name}: {then:,} examples then, {today:,} now"
+    return f"{name}: other content in {today:,} examples"

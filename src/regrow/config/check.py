@@ -20,21 +20,21 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import class_folders, leads, places
+from regrow.config import class_folders, entries, leads, places
 from regrow.config.command_line import shell
 from regrow.config.explain import composition_error, takes, typed_node, where_own_keys_go
 from regrow.config.foreign import check_recorded
-from regrow.config.hydra_access import plain, typed_overrides
+from regrow.config.hydra_access import plain, typed_overrides, without_hydra
 from regrow.config.hydras import check_settings
-from regrow.config.keys import known_keys
+from regrow.config.keys import options_with
 from regrow.config.origins import located
 from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
-from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusal, require, shown
+from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusal, require
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
-from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate, note_typed
-from regrow.config.yaml_files import read_yaml, readable
+from regrow.config.targets import HANDED_IN, HANDED_TO, allow, note_typed, parameters_of
+from regrow.config.yaml_files import readable
 from regrow.dotted import Config, walk
 from regrow.errors import UserError, did_you_mean, listed
 from regrow.failing import fail, in_one_line
@@ -95,22 +95,18 @@ def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
             "hydra.output_subdir out."
         )
     handlers = node["job_logging"].get("handlers") or {}
-    files = [
-        str(h["filename"]) for h in handlers.values() if isinstance(h, dict) and "filename" in h
-    ]
-    beside = [file for file in files if "runtime.output_dir" in file]
-    option = node["runtime"]["choices"].get("hydra/job_logging")
-    if beside or (is_sweep and handlers):
-        if is_sweep:
-            reason = "a job of a sweep logs to train.log in its folder, and to logs/ of the sweep."
-        else:
-            log = f"{node['job']['name'] or 'train'}.log"
-            reason = (
-                f"it would write {log} beside the run's own. A run logs to train.log in its folder."
-            )
+    chosen = f"hydra/job_logging={node['runtime']['choices'].get('hydra/job_logging')}"
+    if is_sweep and handlers:
         raise UserError(
-            f"hydra/job_logging={option}: {reason} Leave hydra/job_logging out"
-            + ("." if is_sweep else ", or use hydra/job_logging=stdout for other libraries' lines.")
+            f"{chosen}: a job of a sweep logs to train.log in its folder, and to logs/ of the "
+            "sweep. Leave hydra/job_logging out."
+        )
+    files = [str(each.get("filename")) for each in handlers.values() if isinstance(each, dict)]
+    if any("runtime.output_dir" in file for file in files):
+        raise UserError(
+            f"{chosen}: it would write {node['job']['name'] or 'train'}.log beside the run's own. "
+            "A run logs to train.log in its folder. Leave hydra/job_logging out, or use "
+            "hydra/job_logging=stdout for other libraries' lines."
         )
 
 
@@ -118,10 +114,6 @@ def check_once(config: DictConfig, choices: Mapping[str, Any]) -> None:
     """Check the config of Hydra's job, unless `CheckBeforeStart` has checked the same."""
     if plain(config) not in _checked:
         check(config, choices)
-
-
-def without_hydra(config: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 @contextlib.contextmanager
@@ -193,7 +185,7 @@ def _check_resume(resume: object, typed: Sequence[str]) -> None:
     if resume in ("auto", "never"):
         return
     if not isinstance(resume, str) or not Path(resume).is_dir():
-        raise UserError(f"resume={shown(resume)} must be auto, never or the folder of a run.")
+        raise UserError(f"resume={leads.shown(resume)} must be auto, never or the folder of a run.")
     if not any(line.startswith("resume=") for line in typed):
         raise UserError(
             f"resume={resume}: from a file, or with a plus, it does not resume that run. Type it: "
@@ -242,7 +234,7 @@ def _refuse_unchosen(group: str, node: object) -> None:
 def _refuse_lacking(group: str, node: Any, choices: Mapping[str, Any]) -> None:
     """Raise UserError for an option of one's own that does not build on that of `BASES`."""
     base, keys = BASES[group]
-    wanted = keys or [*(shipped_node(group, base) or {})]
+    wanted = keys or shipped_node(group, base)
     lacking = [key for key in wanted if key not in node] if isinstance(node, Mapping) else []
     if lacking:
         raise UserError(
@@ -283,7 +275,7 @@ def check_group(config: DictConfig, group: str) -> None:
     option = HydraConfig.get().runtime.choices.get(group)
     if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
         raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
-    _check_node(values[group], _known_node(group, option) or {}, group)
+    _check_node(values[group], _known_node(group, option), group)
     check_ranges({group: values[group]})
 
 
@@ -326,11 +318,8 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
             loggers.check_required(node, f"logger.{name}", parameters)
     for group in leads.GROUPS:
         names = places.names_in(choices.get(group) or "")
-        if len(names) != 1 or not isinstance(values.get(group), Mapping):
-            continue
-        shipped = _known_node(group, names[0])
-        if shipped is not None:
-            _check_node(values[group], shipped, group)
+        if len(names) == 1 and isinstance(values.get(group), Mapping):
+            _check_node(values[group], _known_node(group, names[0]), group)
 
 
 def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
@@ -357,31 +346,24 @@ def _refuse_dots(key: str, node: str = "") -> NoReturn:
     raise UserError(f"{node}{key}: only the command line takes dots. In a file, write `{nested}`.")
 
 
-def shipped_node(group: str, option: str) -> dict[str, Any] | None:
+def shipped_node(group: str, option: str) -> dict[str, Any]:
     """Return a group's option as its YAML states it, including what it inherits.
 
-    None if neither a file nor a node in Hydra's ConfigStore defines it.
+    Empty if neither a file nor a node in Hydra's ConfigStore defines it.
     """
-    path = places.file_of(group, option)
-    content = places.stored(f"{group}/{option}.yaml") if path is None else read_yaml(path)
-    if not isinstance(content, dict):
-        return None
-    node: dict[str, Any] = {}
-    for parent in content.pop("defaults", []):
-        if isinstance(parent, str) and parent != "_self_":
-            node = _merged(node, shipped_node(group, parent) or {})
-    return _merged(node, content)
+    node: dict[str, Any] = entries.option(group, option).value
+    return node
 
 
-def _known_node(group: str, option: str) -> dict[str, Any] | None:
+def _known_node(group: str, option: str) -> dict[str, Any]:
     """Return `shipped_node`; of launcher=local, which passes them over, with Slurm's keys as well.
 
     conf/local/default.yaml may set those for each start with launcher=slurm.
     """
     node = shipped_node(group, option)
-    if group != "launcher" or node is None or "_target_" in node:
+    if group != "launcher" or "_target_" in node:
         return node
-    others = [shipped_node(group, each) or {} for each in places.options(group)]
+    others = [shipped_node(group, each) for each in places.options(group)]
     keys = {key: value for each in others for key, value in each.items() if key != "_target_"}
     return keys | node
 
@@ -397,7 +379,7 @@ def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> Non
     if path == "data.augmentation" and node is None:
         return
     if not isinstance(node, Mapping):
-        raise UserError(f"{path}={shown(node)} must be a mapping of keys to values.")
+        raise UserError(f"{path}={leads.shown(node)} must be a mapping of keys to values.")
     if not shipped:  # this mapping accepts any key
         return
     target = node.get("_target_")
@@ -421,16 +403,11 @@ def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
     handed_in = {*HANDED_IN, *HANDED_TO.get(path, ())}
     known = [key for key in shipped if not key.startswith("_") and key != "defaults"]
     if isinstance(target, str):
-        with contextlib.suppress(TypeError, ValueError):
-            parameters = inspect.signature(locate(target, path)).parameters
+        with contextlib.suppress(UserError):
+            parameters = parameters_of(target, path) or {}
             known += [key for key in parameters if key not in (*known, *handed_in, "self")]
     hint = leads.lead(full) or did_you_mean(full, (f"{path}.{key}" for key in known))
-    others = [option for option in known_keys().get(full, []) if not option.startswith("_")]
-    if not hint and others:
-        have = "has" if len(others) == 1 else "have"
-        hint = f" {path.split('.')[0]}={', '.join(others)} {have} it."
-    if not hint and known:
-        hint = f" It takes {', '.join(known)}."
+    hint = hint or options_with(full) or (f" It takes {', '.join(known)}." if known else "")
     raise UserError(f"{full}: {target or path} has no such key.{hint}")
 
 
@@ -440,7 +417,7 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
         is_text = isinstance(value, str) and "${" not in value
         if applies(owner) or not is_text:  # a user's model may take a list as dropout
             return
-        example = f", such as its default, {shown(shipped)}"
+        example = f", such as its default, {leads.shown(shipped)}"
     if rule is not None and not rule.allows(value):
         way_out = ""
         if type(shipped) is int and isinstance(value, float) and not applies(owner):
@@ -453,9 +430,8 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
 def _takes_fractions(target: object, path: str) -> bool:
     """Return True if the signature of a user's target says so: by type or default. Imports it."""
     parent, _, key = path.rpartition(".")
-    with contextlib.suppress(UserError, TypeError, ValueError):
-        parameter = inspect.signature(locate(str(target), parent)).parameters.get(key)
-        if parameter is not None:
+    with contextlib.suppress(UserError):
+        if parameter := (parameters_of(str(target), parent) or {}).get(key):
             return "float" in str(parameter.annotation) or isinstance(parameter.default, float)
     return False
 
@@ -468,11 +444,9 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
     target = node.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"{path}._target_={target!r} must name a class or a function.")
-    function = locate(target, path)
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return {}  # some builtins have no signature
+    parameters = parameters_of(target, path)
+    if parameters is None:
+        return {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return parameters
     ours = ("interval",) if path == "scheduler" and "optimizer" in parameters else ()
@@ -516,11 +490,11 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if shipped_task and kind not in LOSSES.get(loss, (kind,)):
         fitting = " or ".join(LOSSES[loss])
         raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
-    for group in ("model", "data.source", "data.augmentation"):
-        node = values["model"] if group == "model" else data.get(group.removeprefix("data."))
+    nodes = {f"data.{key}": data.get(key) for key in ("source", "augmentation")}
+    for path, node in {"model": values["model"], **nodes}.items():
         if isinstance(node, Mapping) and node.get("input_shape", ...) is None:
             raise UserError(
-                f"data.input_shape=null: {group}._target_={node.get('_target_')} takes a shape. "
+                f"data.input_shape=null: {path}._target_={node.get('_target_')} takes a shape. "
                 "Set it, such as data.input_shape='[3,64,64]'."
             )
     source = data["source"]
@@ -570,7 +544,7 @@ def _check_mixing(data: Mapping[str, Any]) -> None:
         return
     if not isinstance(node, Mapping):
         raise UserError(
-            f"data.mixing={shown(node)} must be a node with a _target_, such as "
+            f"data.mixing={leads.shown(node)} must be a node with a _target_, such as "
             f"{{_target_: {lab_name()}.data.augment.MixUp, alpha: 0.2}}, or null."
         )
     parameters = check_signature(node, "data.mixing")
@@ -606,11 +580,3 @@ def _check_folds(data: Mapping[str, Any]) -> None:
             "given. Use data.folds=null. A source of your own takes folds: ${data.folds} and "
             "fold: ${data.fold}, and passes them to regrow.feeding.splits.cut_examples."
         )
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged

@@ -138,11 +138,15 @@ def shell(words: Sequence[str]) -> str:
 
 def command(*arguments: str, script: str = "train.py", root: Path = ROOT) -> str:
     """Return a command that can be pasted into a shell in the current folder."""
-    path = root / "scripts" / script
-    shown = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    shown = relative(root / "scripts" / script)
     if shown.startswith("-"):
         shown = f"./{shown}"
     return shell(["python", shown, *arguments])
+
+
+def relative(path: Path) -> str:
+    """Return a path as it is typed in the current folder: relative if it lies below."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _word(word: str) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regrow.config import places
+from regrow.config.own_code import shown
 from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import keys_of
 from regrow.errors import UserError
-from regrow.project import CONF, ROOT
+from regrow.project import CONF
 
 _WORD = r"[\w.]+(?: \([^)]*\))?"
 _WORDS = re.compile(rf"{_WORD}(?:, {_WORD})+")
@@ -36,10 +37,16 @@ class KeyEntry:
         target = self.below.get("_target_")
         return None if target is None else str(target.value)
 
+    def at(self, key: str) -> KeyEntry | None:
+        """Return the entry of a dotted key below this one, or None; for "", this one."""
+        found: KeyEntry | None = self
+        for part in key.split(".") if key else ():
+            found = found.below.get(part) if found is not None else None
+        return found
+
     def listed(self) -> list[str]:
         """Return the options that the comment lists, if it is a list of words and no more."""
-        words = _WORDS.fullmatch(self.comment)
-        return self.suggested() if words else []
+        return self.suggested() if _WORDS.fullmatch(self.comment) else []
 
     def suggested(self) -> list[str]:
         """Return the options that the comment begins with, if the value is one of them."""
@@ -74,19 +81,15 @@ def option(
     are the options that inherit from this one. Raises OSError, ValueError or yaml.YAMLError for a
     file that cannot be read.
     """
-    path = find(group, name)
-    if path is None:
-        content = places.stored(f"{group}/{name}.yaml")
-        content = content if isinstance(content, dict) else {}
-        own = _below(name, {k: v for k, v in content.items() if k != "defaults"}, {}, "")
+    if (path := find(group, name)) is not None:
+        content = _content(path)
     else:
-        own, content = of_file(path, name), read_yaml(path)
+        stored = places.stored(f"{group}/{name}.yaml")
+        content = stored if isinstance(stored, dict) else {}
     found = KeyEntry(name, {})
-    defaults = content.get("defaults", [])
-    for parent in defaults if isinstance(defaults, list) else []:
-        if isinstance(parent, str) and parent not in ("_self_", name, *seen):
-            found = _merged(found, option(group, parent, find, (*seen, name)), name)
-    found = _merged(found, own, name)
+    for parent in _parents(content, (*seen, name)):
+        found = _merged(found, option(group, parent, find, (*seen, name)), name)
+    found = _merged(found, _own(content, name, path), name)
     return found if seen else _explained(found, found, group, ())
 
 
@@ -95,9 +98,7 @@ def _explained(entry: KeyEntry, whole: KeyEntry, group: str, path: tuple[str, ..
     below = {k: _explained(its, whole, group, (*path, k)) for k, its in entry.below.items()}
     comment, repeats = entry.comment, repeated(f"{group}.{'.'.join(path)}", entry.value)
     if not comment and repeats.startswith(f"{group}."):
-        found: KeyEntry | None = whole
-        for part in repeats.split(".")[group.count("/") + 1 :]:
-            found = found.below.get(part) if found is not None else None
+        found = whole.at(".".join(repeats.split(".")[group.count("/") + 1 :]))
         comment = found.comment if found is not None else ""
     return KeyEntry(entry.option, entry.value, comment, below)
 
@@ -115,12 +116,17 @@ def repeated(path: str, value: Any) -> str:
 def inherited(group: str, name: str, seen: tuple[str, ...] = ()) -> list[str]:
     """Return the options of its group that an option inherits from, the nearest first."""
     path = places.file_of(group, name)
-    defaults = (read_yaml(path) or {}).get("defaults") if path is not None else None
     found: list[str] = []
-    for parent in reversed(defaults if isinstance(defaults, list) else []):
-        if isinstance(parent, str) and parent not in ("_self_", name, *seen):
-            found += [parent, *inherited(group, parent, (*seen, name))]
+    for parent in reversed(_parents(read_yaml(path), (*seen, name)) if path is not None else []):
+        found += [parent, *inherited(group, parent, (*seen, name))]
     return unique(found)
+
+
+def _parents(content: Mapping[str, Any], seen: Collection[str]) -> list[str]:
+    """Return the options that the defaults list of an option names, without those `seen`."""
+    defaults = content.get("defaults")
+    names = defaults if isinstance(defaults, list) else []
+    return [each for each in names if isinstance(each, str) and each not in ("_self_", *seen)]
 
 
 def set_at(group: str, name: str, key: str) -> str:
@@ -131,18 +137,26 @@ def set_at(group: str, name: str, key: str) -> str:
     for each in (name, *inherited(group, name)):
         path = places.file_of(group, each)
         if path is not None and key in (keys := keys_of(path)):
-            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-            return f"{shown}:{keys[key].line}"
+            return f"{shown(path)}:{keys[key].line}"
     return ""
 
 
 def of_file(path: Path, name: str) -> KeyEntry:
     """Return the keys of one file, without what it inherits. Raises UserError for a list."""
-    if not isinstance(read_yaml(path) or {}, dict):
+    return _own(_content(path), name, path)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    if not isinstance(content, dict):
         raise UserError(f"{path} is not a mapping. Write lines of `key: value`.")
-    comments = {key: found.comment for key, found in keys_of(path).items()}
-    content = {k: v for k, v in read_yaml(path).items() if k != "defaults"}
-    return _below(name, content, comments, "")
+    return content
+
+
+def _own(content: Mapping[str, Any], name: str, path: Path | None) -> KeyEntry:
+    keys = keys_of(path) if path is not None else {}
+    comments = {key: found.comment for key, found in keys.items()}
+    return _below(name, {k: v for k, v in content.items() if k != "defaults"}, comments, "")
 
 
 def _below(name: str, value: Any, comments: Mapping[str, str], path: str) -> KeyEntry:

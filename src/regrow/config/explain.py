@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import re
 import sys
@@ -11,19 +10,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from regrow.config import entries, flags, leads, places
+from regrow.config import flags, leads, own_code, places
 from regrow.config.command_line import quoted, read, shell
-from regrow.config.keys import known_keys
+from regrow.config.keys import known_keys, options_with
 from regrow.config.origins import shown
 from regrow.config.rules import RULES
-from regrow.config.targets import HANDED_IN, HANDED_TO, locate, said_by
+from regrow.config.targets import HANDED_IN, HANDED_TO, parameters_of, said_by
 from regrow.config.yaml_keys import Choice, choices_of, keys_of
 from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import one_line
-from regrow.project import CONF, ROOT, lab_name
+from regrow.project import CONF, lab_name
 
 
 def composition_error(error: Exception) -> str:
@@ -54,8 +51,7 @@ def composition_error(error: Exception) -> str:
     if found := re.search(r"config groups is not supported: '\++([^']+)'", text):
         return f"++{found[1]}: an option of a group is chosen without a plus: {found[1]}"
     if found := re.search(r"An item is already at '([^']+)'", text):
-        key = found[1]
-        argument = next((a for a in sys.argv[1:] if a.startswith(f"+{key}=")), f"+{key}=…")
+        argument = _typed(f"+{found[1]}") or f"+{found[1]}=…"
         return f"{argument}: the key is there already. Write it without +: {argument[1:]}"
     if found := re.search(r"Could not delete '([^']+)'", text):
         return _cannot_delete(found[1])
@@ -302,7 +298,7 @@ def _entry(config: str, *wanted: str) -> str:
 
 def _entries() -> Iterator[tuple[Path, Choice]]:
     """Yield the entries of the defaults lists of the primary config and of the chosen files."""
-    todo = [("", str(flags.typed(sys.argv[1:]).get("name", "train")))]
+    todo = [("", places.primary())]
     for argument in flags.split(sys.argv[1:])[1]:
         group, _, value = argument.lstrip("+").partition("=")
         if places.is_group(group):
@@ -365,10 +361,9 @@ def _override_in_file(config: str, key: str) -> str:
 
 
 def _chosen_twice(group: str) -> str:
-    for argument in sys.argv[1:]:
-        if argument.startswith(f"+{group}="):
-            return f"{argument}: an option is chosen without a plus: {argument[1:]}"
-    primary = places.file_of("", str(flags.typed(sys.argv[1:]).get("name", "train")))
+    if argument := _typed(f"+{group}"):
+        return f"{argument}: an option is chosen without a plus: {argument[1:]}"
+    primary = places.file_of("", places.primary())
     for path, choice in _entries():
         if choice.group == group and not choice.is_override and path != primary:
             at = f"{shown(path)}:{choice.line}"
@@ -445,7 +440,7 @@ def unknown_key(name: str, *, sign: str = "") -> str:
         plain = name.partition("@")[0]
         return f"{name}: a group has one place here. Write {plain}=… without @."
     if not sign and name.startswith(("hydra.callbacks.", "hydra.job.env_set.")):
-        argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), f"{name}=…")
+        argument = _typed(name) or f"{name}=…"
         return f"{argument}: a name of your own needs a plus there: +{argument}"
     if group == "hydra":
         return f"{name}: Hydra has no such setting.{did_you_mean(name, hydras_keys())}"
@@ -459,19 +454,13 @@ def unknown_key(name: str, *, sign: str = "") -> str:
         return f"{sign}{name}: it is not there, or is null already. Leave {sign}{name} out."
     if not sign and (said := _merged_node(name, keys) or _in_a_mapping(name, keys)):
         return said
-    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), "")
-    if said := leads.as_shape(argument):
+    if said := leads.as_shape(_typed(name)):
         return said
     lead = leads.lead(name)
     if not lead and name.rpartition(".")[2] in places.groups():
         lead = f" Here that is the group {name.rpartition('.')[2]}."
-    if not lead and (
-        options := [option for option in keys.get(name, []) if not option.startswith("_")]
-    ):
-        return (
-            f"{name}: the chosen {group} has no such key. "
-            f"{group}={', '.join(options)} {'has' if len(options) == 1 else 'have'} it."
-        )
+    if not lead and (others := options_with(name)):
+        return f"{name}: the chosen {group} has no such key.{others}"
     here = [key for key in keys if key.startswith(f"{group}.")]
     hint = did_you_mean(name, here or keys) or did_you_mean(name.rpartition(".")[2], keys)
     if sign:
@@ -481,9 +470,14 @@ def unknown_key(name: str, *, sign: str = "") -> str:
     return f"{name}: there is no such key.{lead or hint}"
 
 
+def _typed(key: str) -> str:
+    """Return the argument of this command that gives `key` a value; "" without one."""
+    return next((a for a in sys.argv[1:] if a.startswith(f"{key}=")), "")
+
+
 def _merged_node(name: str, keys: Mapping[str, Any]) -> str | None:
     """Return the error for a mapping with keys that the node at `name` lacks; None for others."""
-    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), "")
+    argument = _typed(name)
     value = read(argument) if argument and name in keys else None
     if not isinstance(value, Mapping):
         return None
@@ -498,7 +492,7 @@ def _merged_node(name: str, keys: Mapping[str, Any]) -> str | None:
 
 def typed_node(name: str) -> Mapping[str, Any]:
     """Return the mapping that was typed for a key; empty if none was."""
-    argument = next((a for a in sys.argv[1:] if a.lstrip("+").startswith(f"{name}=")), "")
+    argument = _typed(name) or _typed(f"+{name}") or _typed(f"++{name}")
     value = read(argument) if argument else None
     return value if isinstance(value, Mapping) else {}
 
@@ -515,7 +509,7 @@ def _in_a_mapping(name: str, keys: Collection[str]) -> str | None:
     if parent not in keys or rule is None or '"object"' not in json.dumps(rule.schema):
         return None
     said = f"{name}: {parent} has no keys yet. Give it as a whole"
-    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), "")
+    argument = _typed(name)
     value = read(argument) if argument else ...
     if rule.allows({key: value}):
         typed = argument.partition("=")[2]
@@ -525,7 +519,7 @@ def _in_a_mapping(name: str, keys: Collection[str]) -> str | None:
 
 def _in_python_alone(name: str, target: str) -> str:
     """Return the error for a key that its target takes, and that the option's file lacks."""
-    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), f"{name}=…")
+    argument = _typed(name) or f"{name}=…"
     group, *nodes, key = name.split(".")
     option = _of_choices()["hydra"]["runtime"]["choices"].get(group)
     path = places.file_of(group, option) if isinstance(option, str) else None
@@ -535,16 +529,14 @@ def _in_python_alone(name: str, target: str) -> str:
     line = f"{key}: {argument.partition('=')[2]}"
     for node in reversed(nodes):
         line = f"{node}: {{{line}}}"
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return (
-        f"{name}: {target} takes it, and {shown} does not list it. Add `{line}` to that file, or "
-        f"type a plus for this run alone: {once}"
+        f"{name}: {target} takes it, and {own_code.shown(path)} does not list it. Add `{line}` to "
+        f"that file, or type a plus for this run alone: {once}"
     )
 
 
 def where_own_keys_go() -> str:
-    name = flags.typed(sys.argv[1:]).get("name", "train")
-    return f" Keys of your own go into {places.primary_file(name)}."
+    return f" Keys of your own go into {places.primary_file(places.primary())}."
 
 
 def hydras_keys() -> list[str]:
@@ -561,12 +553,9 @@ def takes(target: str, path: str, key: str) -> bool:
 
     Imports the target's module. False for an argument that the run passes itself.
     """
-    try:
-        parameters = inspect.signature(locate(target, path)).parameters
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        return True  # some builtins have no signature; the call itself reports an error
+    parameters = parameters_of(target, path)
+    if parameters is None:
+        return True  # the call itself reports an error
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return True
     # conf/ lists every argument of the engine's targets that a config may give.
@@ -583,11 +572,8 @@ def _target_that_takes(name: str) -> str | None:
     parent, _, key = name.rpartition(".")
     if not parent or not places.is_group(parent.split(".")[0]):
         return None
-    group, *below = parent.split(".")
-    node: Any = None
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # only a hint is lost
-        node = _chosen(group)
-    for part in below:
+    node = _of_choices()
+    for part in parent.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str) or key in node:
@@ -598,32 +584,6 @@ def _target_that_takes(name: str) -> str | None:
         if takes(target, parent, key):
             return target
     return None
-
-
-def _chosen(group: str) -> Any:
-    """Return the node of a group's chosen option, without values from the command line.
-
-    Composing the config takes a quarter of the error's whole time. Only a recipe, or a `_target_`
-    on the command line, requires it.
-    """
-    lines = dict(line.partition("=")[::2] for line in flags.split(sys.argv[1:])[1])
-    if any(key in leads.RECIPES or key.endswith("._target_") for key in lines):
-        return _of_choices().get(group)
-    by_default = _by_default(str(flags.typed(sys.argv[1:]).get("name", "train")))
-    option = lines.get(group, by_default.get(group))
-    return entries.option(group, option).value if option else None
-
-
-def _by_default(name: str, seen: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the options that a primary config chooses, and those that it builds on, by group."""
-    path = places.file_of("", name)
-    found: dict[str, str] = {}
-    for choice in choices_of(path) if path is not None else ():
-        if choice.group:
-            found[choice.group] = choice.option
-        elif choice.option not in ("_self_", name, *seen):
-            found |= _by_default(choice.option, (*seen, name))
-    return found
 
 
 def _of_choices() -> Any:

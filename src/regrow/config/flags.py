@@ -18,9 +18,11 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from regrow.config.command_line import command, quoted, read, shell
+from regrow.config.command_line import command, quoted, read, relative, shell
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
-from regrow.project import ROOT
+from regrow.project import CONF, ROOT
+from regrow.record.records import read_json
 
 WITH_A_VALUE = {
     **{"-cn": "--config-name", "-cd": "--config-dir", "-cp": "--config-path"},
@@ -38,6 +40,7 @@ COMMANDS = {  # Hydra executes only one of these
     **{"--cfg": "--cfg", "--info": "--info"},
     **{"-sc": "--shell-completion", "--shell-completion": "--shell-completion"},
 }
+MULTIRUN = ("-m", "--multirun")
 PLACES = ("path", "dir", "searchpath")
 COPIES = "places"  # a folder in a sweep's frozen code
 DEFAULT: dict[str, Any] = {"name": "train", "path": None, "dir": None, "searchpath": []}
@@ -199,17 +202,17 @@ def refuse_records(arguments: Sequence[str]) -> None:
             # The user may have meant --config-path relative to the current folder.
             within = os.path.relpath(value, ROOT / "scripts")
             for place in (Path(value), Path(within)):
-                _refuse_record(place, f"{flag} {_shown(place)}")
+                _refuse_record(place, f"{flag} {relative(place)}")
     for place in folders([o for o in overrides if o.startswith(f"{SEARCH_PATH}=")]):
-        _refuse_record(place, f"{SEARCH_PATH}=[{_shown(place)}]")
+        _refuse_record(place, f"{SEARCH_PATH}=[{relative(place)}]")
     name = typed(arguments).get("name")
     if name is None or {"-sc", "--shell-completion"} & {*given}:
         return
-    main = typed(arguments).get("path") or str(ROOT / "conf")
+    main = typed(arguments).get("path") or str(CONF)
     places = [*folders(arguments), Path(main.removeprefix("file://"))]
     if (path := _found(name, places)) is not None and _is_checked(path, places) is False:
         raise UserError(
-            f"--config-name {name}: {_shown(path)} does not build on train. Begin it with "
+            f"--config-name {name}: {relative(path)} does not build on train. Begin it with "
             "`defaults: [train, _self_]`. To run a run's record again: "
             "scripts/reproduce.py run=<its folder>."
         )
@@ -219,7 +222,7 @@ def _refuse_record(place: Path, where: str) -> None:
     run = place.parent if place.name == ".hydra" else place
     if not (run / ".hydra" / "overrides.yaml").is_file():
         return
-    folder = _shown(run)
+    folder = relative(run)
     raise UserError(
         f"{where} holds the record of a run. To run it again and compare: "
         f"{command(f'run={folder}', script='reproduce.py')}. To resume it: "
@@ -238,11 +241,11 @@ def _is_checked(path: Path, places: Sequence[Path], depth: int = 9) -> bool | No
     None if its files do not tell.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = read_yaml(path)
     except (OSError, ValueError, yaml.YAMLError):
         return None  # Hydra reports the error
     if not isinstance(content, dict):
-        raise UserError(f"{_shown(path)} must hold keys and values, and holds a list or a text.")
+        raise UserError(f"{relative(path)} must hold keys and values, and holds a list or a text.")
     if CHECK in json.dumps(content.get("hydra"), default=str):
         return True
     answer: bool | None = False
@@ -260,28 +263,28 @@ def _is_checked(path: Path, places: Sequence[Path], depth: int = 9) -> bool | No
     return answer
 
 
-def _shown(place: Path) -> str:
-    inside = place.is_relative_to(Path.cwd())
-    return str(place.relative_to(Path.cwd()) if inside else place)
-
-
 def source_of(hydra: Any) -> dict[str, Any]:
     """Return the source that Hydra composed from, according to its own config node."""
-
-    source = {**DEFAULT, "name": str(hydra.job.config_name), "searchpath": []}
     if (copied := copied_source(ROOT)) is not None:
         return copied
     # Do not resolve: a folder's name may contain `${`.
     places: Any = OmegaConf.to_container(hydra.runtime.config_sources, resolve=False)
+    source = _added_to_conf(str(hydra.job.config_name), places)
     for place in places:
-        provider, schema, path = place["provider"], place["schema"], place["path"]
-        if provider == "main":
-            own = schema == "file" and Path(path).resolve() == ROOT / "conf"
-            source["path"] = None if own else path if schema == "file" else f"{schema}://{path}"
-        elif provider == "command-line":
-            source["dir"] = path
-        elif provider == "hydra.searchpath in command-line":
-            source["searchpath"].append(f"{schema}://{path}")
+        schema, path = place["schema"], place["path"]
+        if place["provider"] == "main" and (schema, Path(path).resolve()) != ("file", CONF):
+            source["path"] = path if schema == "file" else f"{schema}://{path}"
+    return source
+
+
+def _added_to_conf(name: Any, places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the source of a config of this name with the places that its command added."""
+    source = {**DEFAULT, "name": name, "searchpath": []}
+    for place in places:
+        if place["provider"] == "command-line":
+            source["dir"] = place["path"]
+        elif place["provider"] == "hydra.searchpath in command-line":
+            source["searchpath"].append(f"{place['schema']}://{place['path']}")
     return source
 
 
@@ -296,7 +299,7 @@ def folders_of(source: Mapping[str, Any]) -> dict[str, Path]:
 def copied_source(code: Path) -> dict[str, Any] | None:
     """Return the source whose folders were copied into a sweep's frozen code, or None."""
     with contextlib.suppress(OSError, ValueError):
-        return checked(_json(code / COPIES / "source.json"), code)
+        return checked(read_json(code / COPIES / "source.json"), code)
     return None
 
 
@@ -311,17 +314,17 @@ def in_copy(source: Mapping[str, Any], code: Path) -> dict[str, Any]:
     return {**source, **named, "searchpath": places}
 
 
-def arguments_of(source: Mapping[str, Any] | None, *, default: str = "train") -> list[str]:
+def arguments_of(source: Mapping[str, Any] | None) -> list[str]:
     """Return the arguments that select a source, flags first.
 
     A --config-dir below the current folder is relative to it.
     """
     source = source or DEFAULT
-    found = [] if source["name"] == default else ["--config-name", str(source["name"])]
+    found = [] if source["name"] == "train" else ["--config-name", str(source["name"])]
     if source["path"] is not None:
         found += ["--config-path", str(source["path"])]
     if source["dir"] is not None:
-        found += ["--config-dir", _shown(Path(source["dir"]))]
+        found += ["--config-dir", relative(Path(source["dir"]))]
     if source["searchpath"]:
         found.append(as_override(source["searchpath"]))
     return found
@@ -329,22 +332,15 @@ def arguments_of(source: Mapping[str, Any] | None, *, default: str = "train") ->
 
 def others(flags: Sequence[str]) -> list[str]:
     """Return those of the flags, as `split` returns them, that do not select a source."""
-    kept = []
-    rest = list(flags)
-    while rest:
-        flag = rest.pop(0)
-        if flag in KEYS:
-            rest = rest[1:]
-        else:
-            kept.append(flag)
-    return kept
+    pairs = itertools.pairwise(["", *flags])
+    return [word for before, word in pairs if before not in KEYS and word not in KEYS]
 
 
 def of_sweep(folder: Path) -> dict[str, Any]:
     """Return the source of the sweep in `folder`; if an old sweep lacks it, a job's source."""
     first = None
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        content = _json(folder / "sweep.json")
+        content = read_json(folder / "sweep.json")
         if isinstance(content.get("config"), dict):
             first = content["config"]
         else:
@@ -363,20 +359,14 @@ def recorded(folder: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
-        content = _json(folder / "manifest.json")
+        content = read_json(folder / "manifest.json")
         found = content.get("config") if isinstance(content, dict) else None
     if isinstance(found, dict):
         return checked(found, folder)
     found = None
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        text = (folder / ".hydra" / "hydra.yaml").read_text(encoding="utf-8")
-        node = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        found = {**DEFAULT, "name": node["job"]["config_name"], "searchpath": []}
-        for place in node["runtime"]["config_sources"]:
-            if place["provider"] == "command-line":
-                found["dir"] = place["path"]
-            elif place["provider"] == "hydra.searchpath in command-line":
-                found["searchpath"].append(f"{place['schema']}://{place['path']}")
+        node = read_yaml(folder / ".hydra" / "hydra.yaml")
+        found = _added_to_conf(node["job"]["config_name"], node["runtime"]["config_sources"])
     return dict(DEFAULT) if found is None else checked(found, folder)
 
 
@@ -384,13 +374,14 @@ def checked(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a recorded source. Raises UserError if no run can have written it."""
     source = {key: source.get(key, value) for key, value in DEFAULT.items()}
     name, places = source["name"], source["searchpath"]
-    fits = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) is not None
-    fits = fits and ".." not in str(name)
-    fits = fits and isinstance(places, list) and all(isinstance(place, str) for place in places)
-    fits = fits and all(
-        source[key] is None or isinstance(source[key], str) for key in ("path", "dir")
-    )
-    if not fits:
+    if not (
+        isinstance(name, str)
+        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name)
+        and ".." not in name
+        and isinstance(places, list)
+        and all(isinstance(place, str) for place in places)
+        and all(isinstance(source[key], str | None) for key in ("path", "dir"))
+    ):
         raise UserError(f"resume={folder}: its record names a config that no run has: {source}.")
     return source
 
@@ -422,10 +413,3 @@ def followed_places(source: Mapping[str, Any] | None) -> list[str]:
     """Return the places of a source as a line of a run's seal; no line for `conf/` alone."""
     places = {key: source[key] for key in PLACES if source[key]} if source else {}
     return [json.dumps(places, sort_keys=True)] if places else []
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-MULTIRUN = ("-m", "--multirun")

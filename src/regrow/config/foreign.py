@@ -12,7 +12,7 @@ from typing import Any
 from regrow.config import command_line, flags, places
 from regrow.config.command_line import key_of, typed
 from regrow.config.recorded import followed, is_of_the_launcher, recorded_overrides
-from regrow.config.roles import check_roles
+from regrow.config.roles import check_roles, entries_of
 from regrow.config.targets import targets_in
 from regrow.config.yaml_files import readable
 from regrow.dotted import Config
@@ -88,7 +88,11 @@ def refuse_remote(
         return
     named = {key.removeprefix("data.") for key in typed}
     _refuse_cache_root(folder, where, data, named)
-    found = dict(_nested(data))
+    found = {
+        f"{node}.{key}".lstrip("."): value
+        for node, key, value in entries_of(data, "")
+        if not isinstance(value, Mapping | list)
+    }
     # data.root is a default of data.source.root, where there is one, and is not read itself.
     roots = [key for key in found if _last(key) == "root"]
     roots = [key for key in roots if key != "root" or "source.root" not in found]
@@ -135,19 +139,6 @@ def _refuse_cache_root(
             f"not listed as yours. Add data.cache=null, or choose data.cache_root=…"
             f"{if_trusted(folder)}"
         )
-
-
-def _nested(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys below a node, and their values that are neither mapping nor list."""
-    if isinstance(node, Mapping):
-        items: Iterable[tuple[Any, Any]] = node.items()
-    elif isinstance(node, list):
-        items = enumerate(node)
-    else:
-        yield place, node
-        return
-    for key, value in items:
-        yield from _nested(value, f"{place}.{key}" if place else str(key))
 
 
 def _last(key: str) -> str:

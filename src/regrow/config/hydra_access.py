@@ -83,6 +83,10 @@ def typed_overrides(node: Any) -> list[str]:
     return [str(override) for override in overrides]
 
 
+def without_hydra(config: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
 def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     """Return the config as plain dicts, lists and values; keys are text, as in a run's JSON."""
     container = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from regrow.config import flags, places
+from regrow.config import places
 from regrow.config.leads import RECIPES
 from regrow.config.yaml_files import readable
 from regrow.dotted import walk
@@ -21,8 +20,7 @@ def known_keys() -> dict[str, list[str]]:
     for _, node in readable("*.yaml"):
         content = {key: value for key, value in node.items() if key != "hydra"}
         keys |= {key: [] for key in _keys(content)}
-    primary = flags.typed(sys.argv[1:]).get("name", "train")
-    keys |= {key: [] for key in places.own_keys(primary, {}) if key not in keys}
+    keys |= {key: [] for key in places.own_keys(places.primary(), {}) if key not in keys}
     for path in (path for folder in places.folders() for path in sorted(folder.glob("*/*.yaml"))):
         group = path.parent.name
         if group not in RECIPES:  # a recipe holds keys of other groups
@@ -30,6 +28,13 @@ def known_keys() -> dict[str, list[str]]:
             for key in _keys(content, f"{group}."):
                 keys[key] = [*keys.get(key, []), path.stem]
     return keys
+
+
+def options_with(key: str) -> str:
+    """Return " group=option has it.", with the options that have the key; "" if none has."""
+    options = [option for option in known_keys().get(key, []) if not option.startswith("_")]
+    have = "has" if len(options) == 1 else "have"
+    return f" {key.partition('.')[0]}={', '.join(options)} {have} it." if options else ""
 
 
 def _keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:

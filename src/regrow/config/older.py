@@ -101,15 +101,14 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def removed(config: Mapping[str, Config], prefix: str = "") -> list[str]:
+def removed(config: Mapping[str, Config]) -> list[str]:
     """Return the dotted keys of a recorded config that this code no longer accepts."""
-    target = config.get("_target_")
-    rows = _of_lab("REMOVED_KEYS")
-    found = [f"{prefix}{key}" for its, key in rows if its == target and key in config]
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found += removed(value, f"{prefix}{name}.")
-    return found
+    return [
+        f"{prefix}{key}"
+        for prefix, node in (("", config), *_nodes(config))
+        for target, key in _of_lab("REMOVED_KEYS")
+        if target == node.get("_target_") and key in node
+    ]
 
 
 def _rows(config: dict[str, Any]) -> Iterator[tuple[AddedKey, dict[str, Any], str]]:
@@ -127,7 +126,7 @@ def _rows(config: dict[str, Any]) -> Iterator[tuple[AddedKey, dict[str, Any], st
                 yield row, node, f"{prefix}{row.key}"
 
 
-def _nodes(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def _nodes(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for name, value in node.items():
         if isinstance(value, dict):
             yield f"{prefix}{name}.", value

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from regrow.config import flags, places
+from regrow.config.command_line import key_of
 from regrow.config.composition import composition, defaults_of, hydra_as_it_was
-from regrow.config.hydra_access import typed_overrides
+from regrow.config.entries import repeated
+from regrow.config.hydra_access import typed_overrides, without_hydra
 from regrow.config.yaml_keys import choices_of, keys_of
 from regrow.dotted import Config, walk
 from regrow.project import ROOT
 
 TYPED = "command line"
-_REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")
 _HOPS = 9  # of interpolations, which may form a circle
 
 
@@ -58,12 +59,8 @@ class Origins:
         value = self._value(key)
         if value == "???":
             return None
-        found = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-        if found and hops:
-            dots, name = found.groups()
-            parents = key.split(".")[: -len(dots)] if dots else []
-            if other := self.of(".".join([*parents, name]), hops - 1):
-                return other
+        if hops and (other := repeated(key, value)) and (place := self.of(other, hops - 1)):
+            return place
         if any(key == typed or key.startswith(f"{typed}.") for typed in self.typed):
             return TYPED
         places_of = (layer.sets(key) for layer in reversed(self.layers))
@@ -112,7 +109,8 @@ def origins(source: Mapping[str, Any], overrides: Sequence[str]) -> Origins:
         layers = [layer for default in found.defaults for layer in _layer(default)]
         plain, choices = _plain(config)
     typed = {override.key_or_group for override in found.config_overrides}
-    groups = {key for key in map(_key_of, overrides) if key in choices and key not in typed}
+    named = (key_of(override).partition("@")[0] for override in overrides)
+    groups = {key for key in named if key in choices and key not in typed}
     return Origins(layers, typed, groups, plain, choices)
 
 
@@ -130,8 +128,7 @@ def composed(
 def _plain(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     from omegaconf import OmegaConf
 
-    content = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    plain: Any = OmegaConf.to_container(content, resolve=False)
+    plain: Any = OmegaConf.to_container(without_hydra(config), resolve=False)
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices, resolve=False)
     return plain, choices
 
@@ -144,10 +141,6 @@ def _is_typed(key: str, overrides: Sequence[str]) -> bool:
         if equals and name.lstrip("+") == key
     ]
     return bool(values) and not any("${" in value for value in values)
-
-
-def _key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
 def _layer(default: Any) -> Iterator[Layer]:

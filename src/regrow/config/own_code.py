@@ -96,7 +96,7 @@ def _is_in(path: Path, name: str) -> bool:
     return file is not None and path == Path(file)
 
 
-def shown(file: str) -> str:
+def shown(file: str | Path) -> str:
     """Return a file's path, relative to the root of the repository if it lies there."""
     path = Path(file)
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

@@ -16,7 +16,9 @@ from typing import Any
 import yaml
 
 from regrow.config import flags
-from regrow.project import CONF, ROOT
+from regrow.config.own_code import shown
+from regrow.config.yaml_files import read_yaml
+from regrow.project import CONF
 
 HEADER = "# @package _global_"
 
@@ -74,20 +76,20 @@ def _folder(place: str) -> Path | None:
 def read(path: Path) -> dict[str, Any]:
     """Return a file's mapping; empty if it is missing or unreadable, which Hydra reports."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = read_yaml(path)
         return content if isinstance(content, dict) else {}
     return {}
 
 
+def primary() -> str:
+    """Return the name of the primary config that this command composes."""
+    return str(flags.typed(sys.argv[1:]).get("name", "train"))
+
+
 def primary_file(name: str) -> str:
     """Return the file that holds the keys of a primary config, as shown to the user."""
-    name = name.removesuffix(".yaml")
-    for folder in folders():
-        if (folder / f"{name}.yaml").is_file():
-            path = folder / f"{name}.yaml"
-            return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    return f"conf/{name}.yaml"
+    path = file_of("", name)
+    return shown(path) if path is not None else f"conf/{name.removesuffix('.yaml')}.yaml"
 
 
 def is_group(name: str) -> bool:

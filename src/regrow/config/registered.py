@@ -25,11 +25,11 @@ def text(mask: Callable[[str], str] = str) -> str | None:
 
     `mask` replaces secrets in the text of a node.
     """
-    nodes = [*_nodes(ConfigStore.instance().repo)]
-    shown = [{**node, "node": mask(node["node"])} for node in nodes]
-    for node, its in zip(nodes, shown, strict=True):
-        its["is_masked"] = its["node"] != node["node"]
-    return json.dumps(shown, indent=2) + "\n" if nodes else None
+    nodes = [
+        {**node, "node": (masked := mask(node["node"])), "is_masked": masked != node["node"]}
+        for node in _nodes(ConfigStore.instance().repo)
+    ]
+    return json.dumps(nodes, indent=2) + "\n" if nodes else None
 
 
 def write(folder: Path) -> None:

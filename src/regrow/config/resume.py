@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from regrow.config import command_line, flags, older, places, registered
 from regrow.config.changed_data import CHANGED
@@ -18,7 +15,6 @@ from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.foreign import downloads_elsewhere, is_foreign, is_own, without_loggers
 from regrow.config.leads import RECIPES
 from regrow.config.recorded import holds_run, recorded_overrides
-from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, printable
 from regrow.record import moved, ownership
 from regrow.record.ownership import SWEEP
@@ -46,7 +42,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
             f"resume={folder}: there is no run in that folder. Give the folder that a run printed "
             "at its start, such as outputs/digits/latest."
         )
-    if any(a in ("-m", "--multirun") for a in arguments):
+    if any(a in flags.MULTIRUN for a in arguments):
         raise UserError(f"resume={folder} resumes one run. Leave out --multirun.")
     recorded_lines = [moved.in_text(a) for a in recorded_overrides(folder)]
     added = {key_of(a) for a in recorded_lines if a.startswith("+")}
@@ -173,7 +169,4 @@ def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:
 
 
 def _recorded_config(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        content = read_yaml(folder / "config.yaml")
-        return moved.in_config(content) if isinstance(content, dict) else {}
-    return {}
+    return moved.in_config(places.read(folder / "config.yaml"))

@@ -117,6 +117,19 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
         named |= {key_of(override) for override in typed(overrides)}
         named |= older.following(config, named)
     refuse_other_monitor(recorded, config, folder)
+    _refuse_changes(folder, recorded, config, named, by_name=by_name)
+    return config
+
+
+def _refuse_changes(
+    folder: Path,
+    recorded: Mapping[str, Any],
+    config: dict[str, Any],
+    named: Collection[str],
+    *,
+    by_name: bool,
+) -> None:
+    """Raise UserError for changed keys that are neither in `MAY_CHANGE` nor `named`; log others."""
     refused, named_so = [], []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
@@ -143,7 +156,6 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
         raise UserError(
             f"{folder} holds a run with another config: {'; '.join(refused)}. {way_out}"
         )
-    return config
 
 
 def changed_sources(

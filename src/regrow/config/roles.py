@@ -62,7 +62,7 @@ def check_roles(
     in `others`, which the user named, count like those of conf/, and so do the `named` pairs of a
     node and a target.
     """
-    for path, key, value in _entries(config, ""):
+    for path, key, value in entries_of(config, ""):
         # Check all groups: they may refer to each other. Top-level values are never instantiated.
         if isinstance(value, str) and "${" in value and path:
             full = f"{path}.{key}".lstrip(".")
@@ -71,7 +71,7 @@ def check_roles(
                 "is not instantiated."
             )
     for group in groups:
-        for path, key, value in _entries(config.get(group), group):
+        for path, key, value in entries_of(config.get(group), group):
             if key.startswith("_") and key.endswith("_") and key not in HYDRAS_OWN:
                 raise UserError(
                     f"{where}: its config.yaml has {path}.{key}, which is not a key of a run's."
@@ -142,17 +142,17 @@ def listed(group: str, place: Path = CONF) -> frozenset[str]:
     found = set()
     for file, content in (each for part in parts for each in readable("**/*.yaml", part)):
         node = content if file.parent.name == group else content.get(group)
-        found |= {value for _, key, value in _entries(node, group) if key == "_target_"}
+        found |= {value for _, key, value in entries_of(node, group) if key == "_target_"}
     return frozenset(value for value in found if isinstance(value, str))
 
 
-def _entries(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield (path of the node, key, value) of everything below."""
+def entries_of(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted path of the node, key, value) of everything below."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield path, str(key), value
-            yield from _entries(value, f"{path}.{key}")
+            yield from entries_of(value, f"{path}.{key}")
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield path, str(index), value
-            yield from _entries(value, f"{path}.{index}")
+            yield from entries_of(value, f"{path}.{index}")

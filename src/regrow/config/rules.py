@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from regrow.config.command_line import override, shell
+from regrow.config.leads import shown
 from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError
 from regrow.project import lab_name
@@ -74,7 +75,8 @@ OF_A_PATH: Schema = {"type": "string", "pattern": "[./]"}  # so that a misspelt 
 def fits(value: Any, schema: Schema) -> bool:
     """Return True if `value` is valid under the schema of a rule."""
     kinds = schema.get("type", ())
-    if kinds and not any(TYPES[kind](value) for kind in _listed(kinds)):
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(TYPES[kind](value) for kind in kinds):
         return False
     if "enum" in schema and not any(type(v) is type(value) and v == value for v in schema["enum"]):
         return False
@@ -98,10 +100,6 @@ def fits(value: Any, schema: Schema) -> bool:
             if inner is False or not fits(its, inner):
                 return False
     return all(fit(value, schema[name]) for name, fit in limits.items() if name in schema)
-
-
-def _listed(kinds: str | list[str]) -> list[str]:
-    return [kinds] if isinstance(kinds, str) else kinds
 
 
 def integer(low: int) -> Rule:
@@ -147,6 +145,20 @@ def mapping_to(rule: Rule) -> Rule:
     )
 
 
+def two_of(rule: Rule) -> Schema:
+    return {**list_of(rule).schema, "minItems": 2, "maxItems": 2}
+
+
+def mapping_of(**rules: Rule) -> Schema:
+    """Return the schema of a mapping with exactly these keys."""
+    return {
+        "type": "object",
+        "required": [*rules],
+        "properties": {key: rule.schema for key, rule in rules.items()},
+        "additionalProperties": False,
+    }
+
+
 def either(one: Rule, other: Rule) -> Rule:
     return Rule(
         f"{one.says}, or {other.says}",
@@ -165,44 +177,25 @@ NAME = Rule(
     'text (in quotes where YAML would read something else: "no")', {"type": ["string", "integer"]}
 )
 PLAIN = Rule("text, a number, true or false", {"type": ["string", "number", "boolean"]})
-BETAS = Rule(
-    "a list of two numbers, 0 or more and below 1",
-    {**list_of(number(0, 1, below=True)).schema, "minItems": 2, "maxItems": 2},
-)
+BETAS = Rule("a list of two numbers, 0 or more and below 1", two_of(number(0, 1, below=True)))
 SHARES = Rule(
     "a list of two numbers from 0, the least and the greatest",
-    {**list_of(number(0)).schema, "minItems": 2, "maxItems": 2},
+    two_of(number(0)),
     lambda value: value[0] <= value[1],
 )
 RANGE = Rule(
     "a list of two numbers above 0, the least and the greatest",
-    {**list_of(number(0, above=True)).schema, "minItems": 2, "maxItems": 2},
+    two_of(number(0, above=True)),
     lambda value: value[0] <= value[1],
 )
 SHAPE = Rule("a list of integers of at least 1, such as '[3,64,64]'", list_of(integer(1)).schema)
 DIRECTION = choice("maximize", "minimize")
-STATISTICS = Rule(
-    "{mean: […], std: […]}",
-    {
-        "type": "object",
-        "required": ["mean", "std"],
-        "properties": dict.fromkeys(("mean", "std"), list_of(NUMBER).schema),
-        "additionalProperties": False,
-    },
-)
+STATISTICS = Rule("{mean: […], std: […]}", mapping_of(mean=list_of(NUMBER), std=list_of(NUMBER)))
 NORMALIZE = Rule(
     "one of train, imagenet, none, or {mean: […], std: […]}",
     either(choice("train", "imagenet", "none"), STATISTICS).schema,
 )
-COLUMN = Rule(
-    "{column: the name of a column}",
-    {
-        "type": "object",
-        "required": ["column"],
-        "properties": {"column": text().schema},
-        "additionalProperties": False,
-    },
-)
+COLUMN = Rule("{column: the name of a column}", mapping_of(column=text()))
 SAMPLING = Rule(
     "balanced or {column: the name of a column}", either(choice("balanced"), COLUMN).schema
 )
@@ -422,7 +415,3 @@ def require(key: str, value: Any) -> None:
     """
     if not RULES[key].allows([*value] if isinstance(value, tuple) else value):
         raise UserError(refusal(key, value, RULES[key]))
-
-
-def shown(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -101,9 +101,9 @@ def editors_map(names: Iterable[str]) -> dict[str, Any]:
 
 def of_group(group: str) -> dict[str, Any]:
     """Return the schema of a group's files; `definitions` holds one for each option."""
-    entries = _options_of(group)
-    names = [*_names(group)]
-    schema = _node(group, entries, {"defaults": _defaults_of_option(names)})
+    paths = sorted((CONF / group).glob("*.yaml"))
+    entries = [option(group, path.stem, in_conf) for path in paths]
+    schema = _node(group, entries, {"defaults": _defaults_of_option(_names(group))})
     return _shared(
         {
             "$schema": DRAFT,
@@ -134,7 +134,7 @@ def of_primaries() -> dict[str, Any]:
         "title": "conf",
         "description": "A config that --config-name names. It chooses the groups' options.",
         "type": "object",
-        "properties": {"defaults": _defaults({}), **_top_level()},
+        "properties": {"defaults": _defaults("", "override "), **_top_level()},
     }
 
 
@@ -149,7 +149,7 @@ def of_recipes() -> dict[str, Any]:
         "title": "overrides",
         "description": "Overrides of any key. The first line must be `# @package _global_`.",
         "type": "object",
-        "properties": {"defaults": _defaults({"override /": "/"}), **keys},
+        "properties": {"defaults": _defaults("override /", "/"), **keys},
         "additionalProperties": False,
         "allOf": [case for cases in chosen.values() for case in cases],
     }
@@ -170,7 +170,7 @@ def _chosen(group: str) -> Iterator[dict[str, Any]]:
             "then": {"properties": {group: {"$ref": f"{group}.json#/definitions/{definition}"}}},
         }
 
-    if names := [*_names(group)] if group != "logger" else []:  # a list chooses several
+    if names := _names(group) if group != "logger" else []:  # a list chooses several
         yield from (case(True, {"const": name}, name) for name in names)
         yield case(False, {"enum": names}, "node")
 
@@ -203,33 +203,28 @@ def _defaults_of_option(names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _defaults(prefixes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the schema of a defaults list that chooses options of groups."""
+def _defaults(*prefixes: str) -> dict[str, Any]:
+    """Return the schema of a defaults list that chooses options of groups behind these prefixes."""
     entries: dict[str, Any] = {}
     for group in sorted(_groups() - {"local"}):  # its files are this machine's
-        if not (options := [*_names(group)]):
+        if not (options := _names(group)):
             continue
         names = {"enum": options}
         chosen: dict[str, Any] = {
             "description": f"the option of the group {group}",
             "anyOf": [names, {"type": ["string", "null"]}, {"type": "array", "items": names}],
         }
-        for prefix in [*prefixes, *prefixes.values()] or ["", "override "]:
-            entries[f"{prefix}{group}"] = chosen
+        entries |= {f"{prefix}{group}": chosen for prefix in prefixes}
     return {
         "description": "the options that are chosen, and _self_: the keys of this file",
         "type": "array",
         "items": {
             "anyOf": [
-                {"anyOf": [{"enum": ["_self_", *_primaries()]}, {"type": "string"}]},
+                {"anyOf": [{"enum": ["_self_", *_names("")]}, {"type": "string"}]},
                 {"type": "object", "properties": entries},
             ]
         },
     }
-
-
-def _primaries() -> list[str]:
-    return sorted(path.stem for path in CONF.glob("[!_]*.yaml"))
 
 
 # -- Keys ------------------------------------------------------------------------------------------
@@ -268,12 +263,8 @@ def _value(path: str, entries: list[KeyEntry]) -> dict[str, Any]:
 
 def _is_null_in_base(path: str) -> bool:
     """Return True if the key is null in the `_base.yaml` of its group: every option takes null."""
-    group, *below = path.split(".")
-    if not (CONF / group / f"{BASE}.yaml").is_file():
-        return False
-    entry: KeyEntry | None = option(group, BASE, in_conf)
-    for key in below:
-        entry = entry.below.get(key) if entry is not None else None
+    group, _, below = path.partition(".")
+    entry = option(group, BASE, in_conf).at(below)
     return entry is not None and entry.value is None
 
 
@@ -404,13 +395,9 @@ def _groups() -> set[str]:
     return {folder.relative_to(CONF).as_posix() for folder in folders} | {*RECIPES}
 
 
-def _names(group: str) -> Iterator[str]:
-    yield from sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
-
-
-def _options_of(group: str) -> list[KeyEntry]:
-    paths = sorted((CONF / group).glob("*.yaml"))
-    return [option(group, path.stem, in_conf) for path in paths]
+def _names(group: str) -> list[str]:
+    """Return the options of a group; of the group "", the primary configs."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 def _shared(schema: dict[str, Any]) -> dict[str, Any]:

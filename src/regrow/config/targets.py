@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib
@@ -111,8 +110,6 @@ def instantiate(node: Mapping[str, Config], **arguments: Any) -> Any:
 
     Raises UserError for a target that is not allowed, cannot be imported or rejects its arguments.
     """
-    from hydra.errors import InstantiationException
-
     refuse_unknown_targets(node)
     try:
         return _made(node, arguments)
@@ -120,17 +117,14 @@ def instantiate(node: Mapping[str, Config], **arguments: Any) -> Any:
         if mistake := next((each for each in chain(raised) if isinstance(each, UserError)), None):
             raise mistake from None
         raise UserError(raised.in_words(node)) from raised.__cause__
-    except (InstantiationException, TypeError) as error:
-        # Handle only a TypeError from the call itself.
-        called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
-        if isinstance(error, TypeError) and not re.search(rf"{called} (got|missing) ", str(error)):
-            raise
-        if mistake := next((each for each in chain(error) if isinstance(each, UserError)), None):
-            raise mistake from None
+    except TypeError as error:
         named = str(node["_target_"])
+        called = rf"(__init__|\b{re.escape(named.rpartition('.')[2])})\(\)"
+        if not re.search(rf"{called} (got|missing) ", str(error)):  # not from the call itself
+            raise
         if refused := refused_argument(error, named):
             raise UserError(refused) from error
-        said = said_by(error)
+        said = brief(error)
         if "missing" in said and "required" in said:
             said += " " + _way_out(said, node, ())
         raise UserError(f"{_where(named)}: {said}") from error
@@ -186,8 +180,7 @@ def refused_argument(error: BaseException, target: str) -> str | None:
     if not isinstance(error, TypeError) or foreign is None:
         return None
     known, hint = _paths.get(target, set()) - {""}, ""
-    with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
-        parameters = inspect.signature(locate(target, "")).parameters
+    if (parameters := parameters_of(target, "")) is not None:
         names = [name for name in parameters if name != "self" and name not in HANDED_IN]
         hint = did_you_mean(foreign[1], names) or f" It takes {', '.join(names)}."
     key = f"{next(iter(known))}.{foreign[1]}" if len(known) == 1 else foreign[1]
@@ -336,6 +329,18 @@ def locate(target: str, path: str) -> Any:
     )
 
 
+def parameters_of(target: str, path: str) -> Mapping[str, inspect.Parameter] | None:
+    """Return a target's parameters by name; None for a builtin without a signature.
+
+    Imports the target's module. Raises UserError if there is no such target.
+    """
+    function = locate(target, path)
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
 def _is_missing(module: str, error: BaseException) -> bool:
     """Return True if the module itself, or a package that it belongs to, is what is missing."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -370,7 +375,7 @@ def _place_of_a_library(error: BaseException) -> str:
 
 
 def said_by(error: BaseException) -> str:
-    """Return an error of `instantiate` in one line, with the user code's exception and its line."""
+    """Return an error of Hydra's about a target in one line, with the cause and its line."""
     said = brief(error)
     said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
     for cause in [*chain(error)][1:]:
