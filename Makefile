@@ -49,7 +49,7 @@ mutate: extras ## break each promise on purpose, in a copy, and check that its t
 
 test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra below 1.5, including release candidates
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
-	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" --one-of-each \
+	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not nightly" --one-of-each \
 		tests/test_config.py tests/test_load.py tests/test_train.py \
 		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/scripts tests/sweep $(ARGS)
 

@@ -67,6 +67,7 @@ def test_the_advice_for_a_value_composes(argument: str, says: str, tmp_path: Pat
         assert "_target_: torchvision.transforms.v2.RandomErasing" in node and "pad:" not in node
 
 
+@pytest.mark.slow
 def test_a_key_that_takes_no_single_value_says_what_it_takes(tmp_path: Path) -> None:
     said = train(tmp_path, "data.normalize.mean=[1]", code=2)
     assert "Give it as a whole: it takes one of train, imagenet, none, or {mean" in said
@@ -90,6 +91,7 @@ def test_a_typed_node_that_is_not_merged_gets_no_advice_to_replace_it(tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_a_key_in_python_alone_is_offered_for_the_file(tmp_path: Path) -> None:
     (tmp_path / "mixer.py").write_text(MIXER, encoding="utf-8")
     (tmp_path / "D" / "model").mkdir(parents=True)
@@ -109,6 +111,7 @@ def test_a_key_in_python_alone_is_offered_for_the_file(tmp_path: Path) -> None:
     assert said.endswith("takes it, and no file lists it. Add a plus: +model.depth=3\n")
 
 
+@pytest.mark.slow
 def test_an_argument_that_the_run_passes_is_not_offered_as_a_key(tmp_path: Path) -> None:
     for argument in ("+task.loss=3", "+step.plan=1", "+optimizer.params=[]"):
         said = train(tmp_path, argument, code=2)

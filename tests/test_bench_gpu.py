@@ -78,6 +78,7 @@ def test_a_wrong_size_or_device_is_refused(wrong: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["benchmarks", "benchmarks.gpu"])
+@pytest.mark.slow
 def test_help_that_nobody_reads_to_its_end_ends_without_a_traceback(module: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-u", "-m", module, "--help"],

@@ -108,6 +108,7 @@ def resumes() -> list[dict[str, object]]:
 MORE = "trainer.max_epochs=2"
 
 
+@pytest.mark.slow
 def test_only_the_key_typed_at_the_resume_accepts_other_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -132,6 +133,7 @@ def test_only_the_key_typed_at_the_resume_accepts_other_data(
     assert "is now step 3 of 6 in epoch 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_each_refusal_of_another_seed_names_all_that_it_takes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -161,6 +163,7 @@ def test_the_same_command_again_accepts_where_it_says_so(
     assert "changed_data" in resumes()[0]
 
 
+@pytest.mark.slow
 def test_a_changed_target_is_other_data(capsys: pytest.CaptureFixture[str]) -> None:
     write_rows()
     start(*CSV, "trainer.max_epochs=1")
@@ -277,6 +280,7 @@ def test_a_damaged_image_is_removed_and_the_run_resumes(
     assert json.loads(Path("run/summary.json").read_text())["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_a_recorded_path_to_leave_out_may_be_gone_and_a_typed_one_may_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

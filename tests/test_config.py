@@ -261,6 +261,7 @@ def test_an_error_in_a_users_code_names_file_and_line(
         "-m hydra.sweep.dir=file/sweep",
     ],
 )
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_named_with_its_argument(
     named: str, tmp_path: Path
 ) -> None:
@@ -546,6 +547,7 @@ def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:
         check(made, made.hydra.runtime.choices)
 
 
+@pytest.mark.slow
 def test_a_missing_number_of_classes_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -576,6 +578,7 @@ def test_a_missing_number_of_classes_is_counted(
         check(made, made.hydra.runtime.choices)
 
 
+@pytest.mark.slow
 def test_matplotlib_lists_the_fonts_of_a_machine_without_a_word(tmp_path: Path) -> None:
     key = "task.extra_metrics={kappa:{_target_:torchmetrics.CohenKapa}}"
     fonts = tmp_path / "fonts"
@@ -649,6 +652,7 @@ def test_an_augmentation_that_a_file_merges_into_its_options_is_told_as_that(
     )
 
 
+@pytest.mark.slow
 def test_a_loss_without_a_target_is_for_a_task_that_brings_its_own(tmp_path: Path) -> None:
     for group, text in {
         "loss": "{} # the task brings its own\n",
@@ -901,6 +905,7 @@ def folders_of_images(root: Path, **counts: int) -> None:
 
 
 @pytest.mark.parametrize("given", [[], ["data.num_classes=2"], ["data.num_classes=3"]])
+@pytest.mark.slow
 def test_images_a_folder_too_deep_or_an_empty_class_are_told(
     given: list[str], tmp_path: Path
 ) -> None:

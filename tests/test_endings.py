@@ -68,6 +68,7 @@ CODES = {"end": 0, "exit": 3, "error": 1, "ctrl-c": -signal.SIGINT, "stuck": 0}
         pytest.param("end", False, marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
 )
+@pytest.mark.slow
 def test_a_program_that_reads_with_workers_ends(
     ending: str, persistent: bool, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_program_that_reads_with_workers_ends(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux")
+@pytest.mark.slow
 def test_a_start_of_workers_that_fails_half_way_leaves_none() -> None:
     program = NOTEBOOK.replace(
         "batches = ",

@@ -340,6 +340,7 @@ def test_a_logger_that_refuses_leaves_no_folder(
     assert left <= {"outputs", "outputs/digits", "mine"}
 
 
+@pytest.mark.slow
 def test_a_logger_that_refuses_leaves_a_run_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -320,6 +320,7 @@ class Change(Callback):
         (("+hydra.callbacks.z._target_=mine.Change",), "0 7"),  # another config
     ],
 )
+@pytest.mark.slow
 def test_a_start_checks_each_value_once(
     overrides: tuple[str, ...], checks: str, tmp_path: Path
 ) -> None:

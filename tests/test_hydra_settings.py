@@ -99,6 +99,7 @@ def test_an_experiment_that_has_no_effect_is_named_with_what_to_write(
     assert EXPERIMENTS[text] in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_such_an_experiment_ends_a_run_and_a_sweep_in_one_line(tmp_path: Path) -> None:
     written(tmp_path / "D", experiment__x="optimizer:\n  lr: 0.5\n")
     for multirun in ((), ("-m",)):
@@ -162,6 +163,7 @@ def test_a_plugin_that_is_installed_is_refused_in_a_file_and_when_typed(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_m_runs_the_function_of_ones_own_script_with_hydras_sweeper(
     plugin: str, tmp_path: Path
 ) -> None:
@@ -311,6 +313,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_registered_node_is_checked_as_a_file_is(tmp_path: Path) -> None:
     script = tmp_path / "wrapper.py"
     script.write_text(WRAPPER.format(scripts=str(ROOT / "scripts")))
@@ -403,6 +406,7 @@ def test_words_of_another_template_lead_to_keys_that_there_are() -> None:
                 assert name in places.options(group)
 
 
+@pytest.mark.slow
 def test_the_current_folder_is_a_runs_if_it_is_named(tmp_path: Path) -> None:
     mine, another = tmp_path / "mine", tmp_path / "another"
     mine.mkdir()

@@ -41,6 +41,7 @@ def trainer_of(folder: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_no_job_changes_while_a_run_starts_trains_and_resumes(made: Made) -> None:
     asked = ("hydra.run.dir=run", "trainer.num_threads=null")
     for steps in (2, 3, 3):  # a new run, a resumed one and a complete one
@@ -96,6 +97,7 @@ def changed_jobs(code: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_only_the_module_of_the_job_makes_a_changed_one() -> None:
     files = [path for path in sorted((ROOT / "src").rglob("*.py")) if path.name != "job.py"]
     found = [call for path in files for call in changed_jobs(path.read_text("utf-8"))]

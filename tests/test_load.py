@@ -419,6 +419,7 @@ def test_a_plain_callable_that_the_users_own_command_named_is_made_again(
     assert foreign.named_by_command(run) == frozenset()
 
 
+@pytest.mark.slow
 def test_any_module_may_stand_in_the_place_of_the_model(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", *TINY)
     config = read_yaml(run / "config.yaml")
@@ -626,6 +627,7 @@ def test_a_new_run_starts_from_the_weights_of_another(run: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("now", ["gone", "changed"])
+@pytest.mark.slow
 def test_a_resume_with_a_checkpoint_does_not_read_what_the_run_started_from(
     run: Path, tmp_path: Path, now: str
 ) -> None:
@@ -727,6 +729,7 @@ def test_inputs_of_several_lengths_or_of_none_are_refused(run: Path) -> None:
         loaded.predict({"a": torch.ones(0, 6), "b": torch.ones(0, 6)})
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_is_not_downloaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,7 @@ def test_tables_rank_by_the_direction() -> None:
 # Runs without a validation split.
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_ends_with_its_last_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,6 +269,7 @@ def test_it_is_killed_and_resumed_like_any_other(tmp_path: Path) -> None:
     assert summary["best"] == whole["best"] == {"metric": None, "value": None, "step": 12}
 
 
+@pytest.mark.slow
 def test_a_command_is_repeated_without_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def made(root: Path, find: str) -> mutate.Mutation:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_mutation_a_survivor_and_one_that_no_longer_applies_differ(tmp_path: Path) -> None:
     killed = made(tmp_path, "42")
     assert mutate.verdict(killed, tmp_path) == "killed"

@@ -477,6 +477,7 @@ def test_the_schemas_of_a_project_name_the_users_own_options(
     assert (ROOT / "schemas/model.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_copy_starts_with_one_commit_or_says_why_not(tmp_path: Path) -> None:
     someone = {
         f"GIT_{who}_{what}": "a@b.c"
@@ -504,6 +505,7 @@ def test_a_copy_starts_with_one_commit_or_says_why_not(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "pyproject.toml").exists()
 
 
+@pytest.mark.slow
 def test_without_git_the_same_files_are_found(
     new_project: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,6 +223,7 @@ def test_a_mistake_in_a_file_has_its_line(
     assert said.startswith(f"error: {mistaken}/conf/{name}.yaml{MISTAKES[name][1]}"), said
 
 
+@pytest.mark.slow
 def test_a_typed_mistake_has_no_file(
     mistaken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

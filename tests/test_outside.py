@@ -184,6 +184,7 @@ def test_two_that_disagree_both_end_with_a_line(second: int, size: str, tmp_path
         assert "error: WORLD_SIZE=2 here, and 3 in rank 1. Give all the same." in errors
 
 
+@pytest.mark.slow
 def test_a_first_process_that_cannot_be_reached_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

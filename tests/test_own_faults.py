@@ -261,6 +261,7 @@ def test_an_error_in_ones_own_code_is_one_line_with_its_place(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_a_check_says_the_same_and_the_whole_traceback_comes_on_request(
     mine: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_step_without_a_finite_gradient_is_named_once(mine: Path, tmp_path: Pa
     assert "error: failed at step 1: no finite loss or gradient" in done.stderr
 
 
+@pytest.mark.slow
 def test_code_that_leaves_the_program_never_looks_like_a_complete_run(
     mine: Path, tmp_path: Path
 ) -> None:

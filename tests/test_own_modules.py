@@ -147,6 +147,7 @@ def test_a_module_in_the_current_folder_hides_none_of_pythons_from_a_job(tmp_pat
 @pytest.mark.parametrize(
     "given", [("trainer=ddp", "trainer.devices=2"), ("-m", "seed=0,1")], ids=["ranks", "sweep"]
 )
+@pytest.mark.slow
 def test_a_path_that_pythonpath_would_split_is_refused_in_one_line(
     given: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_record_in_an_awkward_folder_is_reproduced(project: Path) -> None:
     assert "identical: " in pasted(project, line)
 
 
+@pytest.mark.slow
 def test_the_advice_of_a_syntax_error_works_as_pasted(project: Path) -> None:
     for argument in (
         "notes=a=b",

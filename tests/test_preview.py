@@ -50,6 +50,7 @@ def test_a_check_tells_sizes_and_differences_and_writes_nothing(tmp_path: Path) 
     assert all(line.endswith("command line") for line in said.split("defaults:\n")[1].splitlines())
 
 
+@pytest.mark.slow
 def test_a_check_names_the_classes_the_origin_of_the_splits_and_the_chosen_data(
     tmp_path: Path,
 ) -> None:
@@ -213,6 +214,7 @@ def test_the_update_of_the_weights_does_not_count(monkeypatch: pytest.MonkeyPatc
     assert cost(32)[0].flops == found  # AdamW's has no matrix products
 
 
+@pytest.mark.slow
 def test_one_example_is_not_measured_alone() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         config = config_of(*TINY, "model.norm=batch")
@@ -242,6 +244,7 @@ def line(lines: list[str], start: str) -> str:
     return next(line for line in lines if line.startswith(start))
 
 
+@pytest.mark.slow
 def test_a_batch_has_no_more_examples_than_the_split(caplog: pytest.LogCaptureFixture) -> None:
     one = reported(caplog, "data.batch_size=1000")
     two = reported(caplog, "data.batch_size=1000", "trainer.devices=2")
@@ -279,6 +282,7 @@ def test_a_check_refuses_to_split_a_loss_that_does_not_sum(
         ("trainer.compile=true", "trainer.compile=true needs a C++ compiler"),
     ],
 )
+@pytest.mark.slow
 def test_a_setting_that_a_start_here_would_refuse_is_told(
     override: str,
     needs: str,
@@ -335,6 +339,7 @@ def test_a_check_refuses_what_slurm_would(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_values_of_this_machine_and_of_a_primary_config_differ(tmp_path: Path) -> None:
     def differences(name: str = "train", *typed: str) -> list[str]:
         source = {**flags.DEFAULT, "name": name, "dir": str(tmp_path)}
@@ -384,6 +389,7 @@ def test_the_tree_at_a_start_shows_each_value_once() -> None:
     assert {"strategy=ddp", "max_epochs=100"} <= {*several}
 
 
+@pytest.mark.slow
 def test_a_start_shows_typed_values_first_and_one_line_for_a_group(tmp_path: Path) -> None:
     typed = ("trainer.max_steps=1", "trainer.progress_bar=false", "seed=3")
     said = train(tmp_path, *typed, "hydra.run.dir=mine")
@@ -396,6 +402,7 @@ def test_a_start_shows_typed_values_first_and_one_line_for_a_group(tmp_path: Pat
     assert log.count("├─ data ") == 1
 
 
+@pytest.mark.slow
 def test_a_root_that_the_data_does_not_read_is_named(tmp_path: Path) -> None:
     said = train(tmp_path, "--check", "data.root=photos", *GIVEN)
     assert "data.root=photos has no effect: data=synthetic reads no folder" in said

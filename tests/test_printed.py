@@ -156,6 +156,7 @@ def test_no_shell_expands_a_printed_command() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
+@pytest.mark.slow
 def test_a_command_of_the_readme_is_accepted(command: str, place: Path) -> None:
     words = shlex.split(command)
     more = [word for part, extra in MORE.items() if part in words for word in extra]

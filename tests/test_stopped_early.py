@@ -140,6 +140,7 @@ def test_a_process_that_is_started_with_signals_held_gets_none_before_it_asks() 
 @linux
 @both
 @pytest.mark.parametrize("reached", [lambda _: True, imports_torch], ids=["starts", "torch"])
+@pytest.mark.slow
 def test_a_signal_while_ranks_start_leaves_one_line(
     reached: Callable[[int], bool], number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = launched("trainer.checkpoint.keep_last=1", "logger=[csv]", draws=True)
     folder = (tmp_path / "outputs" / "synthetic" / "latest").resolve()
@@ -139,6 +140,7 @@ def test_resume_never_does_not_touch_a_run(capsys: pytest.CaptureFixture[str]) -
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_a_raised_limit_ends_as_one_longer_run(tmp_path: Path) -> None:
     """With a learning rate that does not depend on the limit."""
     launched("hydra.run.dir=whole", "scheduler=constant", "trainer.max_epochs=4")
@@ -151,6 +153,7 @@ def test_a_run_with_a_raised_limit_ends_as_one_longer_run(tmp_path: Path) -> Non
     assert [it["step"] for it in read_json(tmp_path / "parts" / "manifest.json")["resumes"]] == [8]
 
 
+@pytest.mark.slow
 def test_a_resume_tells_what_it_changes_and_says_nothing_twice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -228,6 +231,7 @@ IMPATIENT = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_resumes_with_more_patience_as_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +273,7 @@ class Fails(MLP):
         return super().forward(inputs)
 
 
+@pytest.mark.slow
 def test_a_run_that_completes_no_step_is_not_the_latest_and_says_what_stays(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +437,7 @@ def test_a_run_without_a_test_split_ends_well(tmp_path: Path) -> None:
     assert "test" not in read_json(tmp_path / "mine" / "summary.json")
 
 
+@pytest.mark.slow
 def test_a_recipe_that_changed_since_is_refused_unless_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

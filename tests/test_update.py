@@ -137,6 +137,7 @@ def assert_updated(project: Path) -> None:
     assert json.loads((project / ".template/record.json").read_text())["version"] == "9.0.0"
 
 
+@pytest.mark.slow
 def test_an_update_keeps_every_edit_and_stages_the_rest(project: Path, template: Path) -> None:
     before = contents(project)
     done = script(project, "update", f"FROM={template}")
@@ -161,6 +162,7 @@ def test_an_update_keeps_every_edit_and_stages_the_rest(project: Path, template:
     assert "My own model." in both and "# A change of the lab." in both
 
 
+@pytest.mark.slow
 def test_an_update_deletes_and_replaces_no_file_that_a_project_took_from_its_users_clone(
     made: Path, template: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +259,7 @@ def test_an_edited_engine_is_refused(name: str, project: Path, template: Path) -
     )
 
 
+@pytest.mark.slow
 def test_an_unclean_tree_is_refused(project: Path, template: Path) -> None:
     edit(project / LOOP, "My own loop.", "My own unfinished loop.")
     assert_refused(project, template, f"not committed: {LOOP}")
@@ -306,6 +309,7 @@ def test_an_update_from_a_relative_bare_clone_in_an_older_python(
     assert_updated(project)
 
 
+@pytest.mark.slow
 def test_another_version_of_the_protocols_is_refused(project: Path, template: Path) -> None:
     edit(template / "src/regrow/protocols.py", "VERSION = 1", "VERSION = 2")
     commit(template, "Other Protocols")

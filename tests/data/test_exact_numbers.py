@@ -47,6 +47,7 @@ def start(folder: str, *overrides: str) -> dict[str, Any]:
     return summary
 
 
+@pytest.mark.slow
 def test_a_target_far_from_zero_is_learnt_as_the_same_without_its_offset(here: Path) -> None:
     """Unix seconds: float32 rounds them to two minutes."""
     random = np.random.default_rng(0)

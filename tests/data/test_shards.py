@@ -140,6 +140,7 @@ def as_computed(config: dict[str, Any], epochs: int = 2) -> list[list[int]]:
 # Order
 
 
+@pytest.mark.slow
 def test_the_ids_are_the_same_for_any_workers_ranks_and_kills_over_http(
     copied: Path, url: str, tmp_path: Path
 ) -> None:
@@ -422,6 +423,7 @@ def test_an_epoch_that_is_entered_late_reads_no_earlier_block(
     assert all("bytes=" in line for line in gets)
 
 
+@pytest.mark.slow
 def test_each_block_is_one_request_and_a_second_epoch_makes_none(
     copied: Path, url: str, tmp_path: Path
 ) -> None:
@@ -646,6 +648,7 @@ def test_faults_of_s3_that_pass_are_known(monkeypatch: pytest.MonkeyPatch) -> No
         ({"whole": True}, r"the server sends the whole file"),
     ],
 )
+@pytest.mark.slow
 def test_faults_that_stay_are_one_line_after_a_bounded_time(
     copied: Path,
     url: str,

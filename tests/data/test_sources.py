@@ -152,6 +152,7 @@ def test_synthetic_examples_come_in_any_shape(
         make_data("synthetic", "target_kind=segmentation")
 
 
+@pytest.mark.slow
 def test_digits_are_read_without_heavy_imports() -> None:
     code = (
         "import sys, torch; from lab.data.datasets import digits;"

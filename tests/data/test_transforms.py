@@ -195,6 +195,7 @@ def test_numpy_and_random_are_seeded_too_and_weights_stay(
     assert not same(batches(), first)
 
 
+@pytest.mark.slow
 def test_data_that_transforms_do_not_fit_is_an_error_of_one_line(make_data: Make) -> None:
     rand = f"transforms=[{RAND}]"
     with pytest.raises(UserError, match="it would not move masks with their images"):

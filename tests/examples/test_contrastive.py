@@ -92,6 +92,7 @@ def test_an_example_of_weight_zero_is_not_probed() -> None:
     assert metrics.scalars() == before
 
 
+@pytest.mark.slow
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
     assert_grows_back(tmp_path, RUN, 5, "step.strength=0.21")
 

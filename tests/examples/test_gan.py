@@ -86,6 +86,7 @@ def test_a_checkpoint_has_a_part_and_a_log_a_rate_for_each_name(tmp_path: Path) 
     assert line["train/loss"] == pytest.approx(total)
 
 
+@pytest.mark.slow
 def test_a_loaded_run_is_the_evaluated_model(tmp_path: Path) -> None:
     finished(command(tmp_path, "hydra.run.dir=run"))
     run = load_run(tmp_path / "run")

@@ -87,6 +87,7 @@ def _create_at_once(outputs: Path, ready: object, found: object) -> None:
     found.put(str(folder))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_twenty_processes_in_the_same_instant_get_twenty_folders(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     ready, found = context.Barrier(20), context.Queue()

@@ -41,6 +41,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, written) if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_rates_with_each_line_of_training(tmp_path: Path) -> None:
     train(tmp_path / "run", "trainer.max_steps=6", "trainer.log_every_steps=2")
     lines = lines_of(tmp_path / "run")
@@ -50,6 +51,7 @@ def test_a_run_logs_its_rates_with_each_line_of_training(tmp_path: Path) -> None
         assert 0 <= line["time/waiting_for_data"] <= 1
 
 
+@pytest.mark.slow
 def test_a_run_counts_its_flops_once_and_keeps_its_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,7 @@ def test_the_limits_of_a_request_hold_for_our_requests_alone(
     assert limits() == (77, 7)
 
 
+@pytest.mark.slow
 def test_a_run_begins_without_a_server_that_does_not_answer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -156,6 +156,7 @@ def test_a_run_or_sweep_leaves_a_folder_of_the_users_as_it_was(
     assert content(tmp_path) == before and folder.is_dir()
 
 
+@pytest.mark.slow
 def test_every_name_that_a_run_and_the_scripts_write_is_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

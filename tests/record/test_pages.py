@@ -116,6 +116,7 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     assert not {"link", "iframe", "object"} & set(page.tags)
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_command_of_each_resume_and_folds_the_later_ones(
     tmp_path: Path,
 ) -> None:
@@ -143,6 +144,7 @@ def test_the_page_shows_the_command_of_each_resume_and_folds_the_later_ones(
     assert "the 197 later ones" in text and "and 100 more, in manifest.json" in text
 
 
+@pytest.mark.slow
 def test_the_page_says_of_which_step_the_results_of_a_run_are_that_trains_longer(
     tmp_path: Path,
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_log_that_ends_at_any_line_has_a_page(tmp_path: Path) -> None:
     assert "unknown" in Page(report.write(folder)).text
 
 
+@pytest.mark.slow
 def test_nan_is_shown_as_nan(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=2)
     nan: list[dict[str, Any]] = [
@@ -499,6 +502,7 @@ def test_the_later_of_two_values_of_a_step_counts() -> None:
     assert plots.series(lines, "a") == ([1, 2], [1.0, 3.0])
 
 
+@pytest.mark.slow
 def test_side_by_side_shows_only_the_keys_that_differ(tmp_path: Path) -> None:
     for index, (lr, speed) in enumerate([(0.001, 5.0), (0.01, 3.0), (0.1, 1.0)]):
         make_run(tmp_path / "sweep" / str(index), lr=lr, speed=speed)
@@ -590,6 +594,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_script_writes_one_page_for_one_run_and_one_for_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -613,6 +618,7 @@ def test_the_script_writes_one_page_for_one_run_and_one_for_several(
         assert error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_repeats_another_with_another_result_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -668,6 +674,7 @@ def test_nothing_heavy_is_imported_until_a_plot_is_drawn() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_plots_leave_matplotlibs_global_state_alone(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=1)
     code = (

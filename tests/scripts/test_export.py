@@ -242,6 +242,7 @@ def test_a_file_that_differs_from_the_model_is_not_written(tmp_path: Path, capsy
     assert not (tmp_path / "model.pt2").exists() and {*tmp_path.iterdir()} == {run}
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_called_or_held_is_an_error_of_one_line(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

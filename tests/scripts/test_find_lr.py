@@ -219,6 +219,7 @@ def test_smoothing_keeps_a_line_and_its_place() -> None:
     ],
 )
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_training_at_the_suggestion_is_better_than_far_below_it(model: str, optimizer: str) -> None:
     # Without label smoothing, whose loss has a floor above zero.
     overrides = (f"model={model}", f"optimizer={optimizer}", "loss=cross_entropy")

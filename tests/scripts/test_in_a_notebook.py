@@ -138,6 +138,7 @@ def test_a_table_by_its_path_as_an_array_and_as_a_data_frame(table: Path, tmp_pa
         run.predict(frame.assign(x=[1.0, float("nan")]))
 
 
+@pytest.mark.slow
 def test_each_task_has_its_names(diabetes: Path, tmp_path: Path) -> None:
     run = load_run(diabetes)
     test = run.data.source.test

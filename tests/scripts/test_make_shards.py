@@ -170,6 +170,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_ends_the_command_without_an_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)  # as `| head -1` does, sooner or later

@@ -135,6 +135,7 @@ def test_a_stopped_segmentation_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert abs(other["val"]["val/loss"] - whole["val"]["val/loss"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_an_extra_metric_changes_no_bit_of_the_weights(tmp_path: Path) -> None:
     options = ("trainer.max_steps=3", "trainer.num_threads=1", "trainer.device=cpu")
     plain = train(tmp_path / "plain", *options)

@@ -61,6 +61,7 @@ def test_an_honest_record_is_identical(run: Path, capsys: pytest.CaptureFixture[
     assert not (Path("outputs") / "digits" / "latest").exists()  # it still names the first
 
 
+@pytest.mark.slow
 def test_a_run_with_a_raised_limit_is_reproduced_or_its_resume_is_named(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_an_altered_number_is_named_with_its_line(
     assert f"not identical: run/metrics.jsonl:3: train/loss was 0.125 and is {before!r}" in said
 
 
+@pytest.mark.slow
 def test_a_missing_line_and_other_weights_are_named(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +128,7 @@ def test_changes_since_the_run_are_named(run: Path, capsys: pytest.CaptureFixtur
     assert any(line.startswith("changed since: data.train.sha256 was 000") for line in said)
 
 
+@pytest.mark.slow
 def test_packages_are_compared_with_an_older_record_too(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def project(folder: Path, version: str, digest: str | None) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_silent_installer_gets_a_line_every_few_seconds(
     set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_silent_installer_gets_a_line_every_few_seconds(
     assert "set-up: still fetching and installing, 0 s so far" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_line_says_which_step_it_is_and_how_much_is_there(
     set_up: ModuleType,
     monkeypatch: pytest.MonkeyPatch,

@@ -150,6 +150,7 @@ def ranks_below(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
+@pytest.mark.slow
 def test_a_killed_job_takes_the_ranks_with_it_that_it_has_just_started(tmp_path: Path) -> None:
     """They are two Pythons that import. Processes that a sweep and its jobs forked end too."""
     process = begin(tmp_path, *TWO, "trainer=ddp", "trainer.devices=2")

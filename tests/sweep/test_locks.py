@@ -43,6 +43,7 @@ print(child(WRITES[WAY]), child(lambda: int(not tqdm.get_lock().acquire(True, 2)
 
 @pytest.mark.parametrize("way", ["line", "bar"])
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.slow
 def test_a_process_killed_as_it_writes_leaves_no_lock_held(way: str, shared: bool) -> None:
     program = f"SHARED, WAY = {shared}, {way!r}\n{DEADLY}{FORKS}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -114,6 +114,7 @@ def test_fresh_processes_come_to_the_same(grid: Path, tmp_path: Path) -> None:
     assert len({*weights(tmp_path / "mistaken").values()}) == 2
 
 
+@pytest.mark.slow
 def test_repeating_the_command_of_a_complete_sweep_runs_no_job(grid: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in grid.glob("*/summary.json")}
     rows = table(grid)
@@ -192,6 +193,7 @@ def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
     assert "lr: 0.5" in (tmp_path / "later" / "sweep" / "0" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     done = sweep(tmp_path, *SMALL, "optimizer.lr=0.1,abc")
     assert done.returncode == 2

@@ -348,6 +348,7 @@ def test_a_step_does_as_many_operations_as_its_bare_form() -> None:
         assert len(count.names) <= most, count.names
 
 
+@pytest.mark.slow
 def test_a_run_up_to_its_first_evaluation_imports_neither_torchmetrics_nor_torchvision() -> None:
     code = (
         f"import sys, torch; sys.path[:0] = {sys.path}; from test_tasks import *; t = multiclass();"

@@ -105,6 +105,7 @@ def test_a_run_of_images_keeps_its_wrong_ones_whatever_the_batches(
     assert len(kept[0]["image"]) == round(10 * (1 - summary["test"]["test/accuracy"]))
 
 
+@pytest.mark.slow
 def test_a_wrong_image_from_a_file_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -39,6 +39,7 @@ def faults(what: str, **environment: str) -> tuple[str, int]:
     return is_kept, int(count)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     pages = 10 * 40_000_000 // resource.getpagesize()
     is_kept, count = faults("kept")

@@ -316,6 +316,7 @@ def names_in(value: Any) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 def test_no_key_carries_the_prefix_of_a_wrapper(stopped: Path) -> None:
     compiled = training.build(config_of(*RUN, "trainer.compile=true"), CPU)
     parts, _ = writer.load((stopped / "checkpoints" / "last").resolve())
@@ -883,6 +884,7 @@ save(3)
 """
 
 
+@pytest.mark.slow
 def test_a_real_limit_of_file_size_loses_one_checkpoint_and_no_more(tmp_path: Path) -> None:
     paths = [str(Path(training.__file__).parents[2]), *sys.path]
     done = subprocess.run(

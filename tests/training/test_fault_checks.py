@@ -224,6 +224,7 @@ def test_running_averages_that_have_settled_or_began_elsewhere_get_no_line() -> 
 
 
 @pytest.mark.parametrize("more", [(), ("debug=fast",)])
+@pytest.mark.slow
 def test_a_short_run_warns_of_its_running_averages_unless_it_debugs(
     more: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def whole(run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_of_an_epoch_ends_the_same(
     run: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def command(folder: Path, *arguments: str) -> Any:
     return forked.run(words, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_learnt_by_heart_ends_with_zero_and_what_was_reached(
     tmp_path: Path,
 ) -> None:
@@ -40,6 +41,7 @@ def test_a_batch_that_is_learnt_by_heart_ends_with_zero_and_what_was_reached(
     assert last in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_learnt_ends_with_one_the_checks_and_what_to_try(
     tmp_path: Path,
 ) -> None:
