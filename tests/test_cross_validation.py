@@ -90,6 +90,7 @@ def test_folds_are_one_setting_with_the_interval_of_each_set(folds: list[Path]) 
     assert cells[2:] == [comparison.spread(want), comparison.interval(want)]
 
 
+@pytest.mark.slow
 def test_folds_without_val_are_compared_by_test(tmp_path: Path) -> None:
     runs_of = [
         finished(tmp_path / str(fold), *SMALL, f"data.fold={fold}", "data.source.val_fraction=0")

@@ -324,6 +324,7 @@ def images(folder: Path, start: int, stop: int) -> None:
         Image.fromarray(pixels).save(file)
 
 
+@pytest.mark.slow
 def test_folders_beside_train_are_sets(tmp_path: Path) -> None:
     images(tmp_path / "train", 0, 24)
     images(tmp_path / "night", 24, 32)

@@ -86,6 +86,7 @@ def test_a_debug_mode_runs(option: str, model: str, tmp_path: Path) -> None:
     assert (tmp_path / "profile" / "trace.json").exists() is (option == "profile")
 
 
+@pytest.mark.slow
 def test_labels_are_smoothed_but_under_overfit() -> None:
     def smoothing(*overrides: str) -> float:
         found = config_of(*overrides)["loss"]["label_smoothing"]

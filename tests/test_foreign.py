@@ -269,6 +269,7 @@ def test_code_that_seals_nothing_is_trusted_each_time(
     assert ownership.trust_of(own) == [digits_in(refused)]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_keys_that_conf_lacks_by_now_resumes_with_its_own_code(tmp_path: Path) -> None:
     folder = sweep_in(tmp_path / "sweep")
     overrides = ["task.mode=max", "seed=0,1"]  # from 8483121, removed since

@@ -647,6 +647,7 @@ def test_a_resume_with_a_checkpoint_does_not_read_what_the_run_started_from(
         finished(parts, *given, "trainer.max_steps=6")
 
 
+@pytest.mark.slow
 def test_a_warning_names_weights_of_a_run_with_other_splits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

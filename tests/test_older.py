@@ -241,6 +241,7 @@ def test_a_resume_adopts_them_unless_they_are_typed(rows: None) -> None:
     assert older.adopt(other, added, []) == {}  # this code's config has no such keys
 
 
+@pytest.mark.slow
 def test_a_node_that_a_record_lacks_becomes_overrides_and_gives_way_to_a_typed_key() -> None:
     record = config_of()
     del record["step"]

@@ -125,6 +125,7 @@ def test_only_a_message_that_begins_with_a_key_gets_a_place() -> None:
     assert located_in(said, flags.DEFAULT, ["trainer.max_steps=3"]) == said
 
 
+@pytest.mark.slow
 def test_an_error_names_the_file_and_line_of_its_value(place: Path, tmp_path: Path) -> None:
     there = ("--config-dir", str(place))
     said = "optimizer.lr=-1 must be a number above 0."

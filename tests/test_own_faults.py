@@ -489,6 +489,7 @@ def test_a_file_of_code_has_one_owner() -> None:
 
 
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
+@pytest.mark.slow
 def test_a_broken_image_says_how_to_resume_only_if_steps_were_taken(
     place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

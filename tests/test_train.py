@@ -207,6 +207,7 @@ def test_no_part_of_a_secret_with_spaces_or_quotes_is_recorded(
 
 
 @pytest.mark.parametrize("limit", ["trainer.max_epochs=2", "trainer.max_steps=12"])
+@pytest.mark.slow
 def test_a_complete_run_is_refused_a_limit_that_it_has_reached(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str
 ) -> None:

@@ -73,6 +73,7 @@ def test_two_heads_stopped_and_resumed_end_with_the_same_bits(page: str, tmp_pat
     assert not close(tmp_path / "other", tmp_path / "whole")  # the control
 
 
+@pytest.mark.slow
 def test_the_loss_of_two_heads_is_the_sum_of_theirs(page: str) -> None:
     objects = build(config_of(page, "experiment=heads", *QUICK), CPU)
     batch = next(iter(objects.data.evaluation("val", device=CPU.device)))

@@ -605,6 +605,7 @@ def test_a_missing_index_or_folder_is_one_line(tmp_path: Path) -> None:
 # The server
 
 
+@pytest.mark.slow
 def test_faults_that_pass_are_tried_again(
     copied: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_a_page_runs_its_own_script_and_no_other(tmp_path: Path) -> None:
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
 
 
+@pytest.mark.slow
 def test_everything_is_escaped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", name=EVIL, state="failed")
     config = yaml.safe_load((folder / "config.yaml").read_text())

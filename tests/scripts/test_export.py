@@ -73,6 +73,7 @@ def agree(run: LoadedRun, found: dict[str, Any], inputs: Tensor) -> None:
     assert np.array_equal(found["prediction"], expected.prediction)
 
 
+@pytest.mark.slow
 def test_pt2_takes_raw_images_in_a_batch_of_any_size(
     digits: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -103,6 +103,7 @@ def test_a_missing_line_and_other_weights_are_named(
     assert any(f"run/metrics.jsonl:{len(lines)} is missing" in line for line in said)
 
 
+@pytest.mark.slow
 def test_another_seed_in_the_whole_record_is_found(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -546,6 +546,7 @@ def test_evaluating_in_training_mode_is_caught(
     assert found["every"] != found["never"]
 
 
+@pytest.mark.slow
 def test_dropout_that_draws_from_the_ambient_state_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
