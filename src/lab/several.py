@@ -76,8 +76,12 @@ def check(config: Checked) -> None:
     if models != [""]:
         task = config["task"]
         if task.get("evaluates") not in models:
-            see = " The shipped tasks lack this key: see docs/recipes/several_models.md."
+            see = (
+                ""
+                if "evaluates" in task
+                else " The shipped tasks lack this key: see docs/recipes/several_models.md."
+            )
             raise UserError(
                 f"task.evaluates={task.get('evaluates')} must name the model that is evaluated and "
-                f"kept: {' or '.join(models)}.{see * ('evaluates' not in task)}"
+                f"kept: {' or '.join(models)}.{see}"
             )
