@@ -51,7 +51,7 @@ test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra belo
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
 	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" --one-of-each \
 		tests/test_config.py tests/test_load.py tests/test_train.py \
-		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/scripts tests/sweep $(ARGS)
+		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/test_origins.py tests/scripts tests/sweep $(ARGS)
 
 bench: setup ## rewrite benchmarks/RESULTS.md (about 45 minutes); ARGS=step measures one part, ARGS=--help lists the parts
 	@$(PY) -m benchmarks $(ARGS)
