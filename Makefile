@@ -15,7 +15,7 @@ help: ## print this list
 # installs the version ranges of requirements.txt instead of the lock file: for CPU wheels, or a mirror that builds
 # its own files. Later set-ups of the same .venv keep this choice until LOCK=yes.
 setup: ## build or update .venv
-	@for python in $(if $(PYTHON),"$(PYTHON)",$(PY) python3 python3.13 python3.12 python3.11 python); do \
+	@for python in $(if $(PYTHON),"$(PYTHON:~/%=$(HOME)/%)",$(PY) python3 python3.13 python3.12 python3.11 python); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 			exec "$$python" scripts/set_up.py $(if $(filter command,$(origin LOCK)),lock=$(LOCK)); \
 		fi; \
