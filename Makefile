@@ -15,7 +15,7 @@ help: ## print this list
 # installs the version ranges of requirements.txt instead of the lock file: for CPU wheels, or a mirror that builds
 # its own files. Later set-ups of the same .venv keep this choice until LOCK=yes.
 setup: ## build or update .venv
-	@for python in $(if $(PYTHON),"$(PYTHON)",$(PY) python3 python3.13 python3.12 python3.11 python); do \
+	@for python in $(if $(PYTHON),"$(PYTHON:~/%=$(HOME)/%)",$(PY) python3 python3.13 python3.12 python3.11 python); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 			exec "$$python" scripts/set_up.py $(if $(filter command,$(origin LOCK)),lock=$(LOCK)); \
 		fi; \
@@ -51,7 +51,7 @@ test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra belo
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
 	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not nightly" --one-of-each \
 		tests/test_config.py tests/test_load.py tests/test_train.py \
-		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/scripts tests/sweep $(ARGS)
+		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/test_origins.py tests/scripts tests/sweep $(ARGS)
 
 bench: setup ## rewrite benchmarks/RESULTS.md (about 45 minutes); ARGS=step measures one part, ARGS=--help lists the parts
 	@$(PY) -m benchmarks $(ARGS)

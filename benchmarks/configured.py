@@ -14,15 +14,14 @@ from regrow.runs.machine import resolve_device
 def config_of(*overrides: str) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
-    from regrow.config.hydra_access import plain
+    from regrow.config.hydra_access import plain, version_arguments, without_hydra
     from regrow.project import CONF
 
-    with initialize_config_dir(str(CONF), version_base=None):
+    with initialize_config_dir(str(CONF), **version_arguments()):
         config = compose("train", list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(config)
-    return plain(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
+    return plain(without_hydra(config))
 
 
 def world_of(*overrides: str) -> World:

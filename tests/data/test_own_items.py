@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,18 @@ def test_a_target_for_each_head_by_name_or_by_place(targets: Any) -> None:
         DataError, match=r"targets are .*, and data\.target_kind names a kind of one"
     ):
         first_batch(data_of(items, num_classes=3, num_outputs=3))
+
+
+class Named(UserDict[str, Tensor]):
+    """A mapping whose truth is not that of its length, as a TensorDict is."""
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("converting it to a boolean value is not permitted")
+
+
+def test_a_mapping_of_another_class_gives_several_inputs() -> None:
+    inputs, _, _ = tensors_of((Named(a=torch.zeros(2)), torch.zeros(2)))
+    assert type(inputs) is dict and [*inputs] == ["a"]
 
 
 def test_a_head_with_another_number_of_targets_is_an_error() -> None:

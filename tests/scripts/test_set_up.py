@@ -259,6 +259,8 @@ def test_make_keeps_the_interpreter_of_a_venv_unless_another_is_named(tmp_path: 
         (tmp_path / name).symlink_to(sys.executable)
         done = make(*([f"PYTHON={tmp_path / name}"] * (name == "an other")))
         assert done.stdout.strip() == str(tmp_path / name), done.stderr
+    at_home = make("PYTHON=~/an other", f"HOME={tmp_path}")  # zsh and dash leave the ~ to make
+    assert at_home.stdout.strip() == str(tmp_path / "an other"), at_home.stderr
     missing = make("PYTHON=/none/python3")
     assert missing.returncode and not missing.stdout
     assert "no Python >= 3.11 found (PYTHON=/none/python3); install one" in missing.stderr

@@ -92,6 +92,7 @@ EXTRA: dict[str, dict[str, Metric]] = {
         "mape": torchmetrics.SymmetricMeanAbsolutePercentageError(),
         "spearman": SPEARMAN,
         "pearson": torchmetrics.PearsonCorrCoef(),
+        "root": torchmetrics.MeanSquaredError() ** 0.5,
     },
     "regression_2": {"explained": torchmetrics.ExplainedVariance()},
     "segmentation": {"jaccard": torchmetrics.JaccardIndex(**CLASSES)},
@@ -119,7 +120,8 @@ def test_extra_metrics_are_torchmetrics_own_for_any_batches(
         *recipe.flatten(outputs if kind == "segmentation" else outputs.double(), targets)
     )
     whole, by_30 = measured(kind, batch=N), measured(kind, batch=30)
-    extended.rehearse(outputs, targets)
+    for count in (2, N):
+        extended.rehearse(outputs[:count], targets[:count])
     for name, metric in EXTRA[kind].items():
         expected = metric.clone()
         expected.set_dtype(torch.float64)

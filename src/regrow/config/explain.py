@@ -86,6 +86,8 @@ def composition_error(error: Exception) -> str:
         return _cannot_merge(found[1], error)
     if text.startswith("Error locating target"):
         return said_by(error)
+    if (said := hydras_value_error(error)) is not None:  # Hydra 1.4 has classes of its own for them
+        return said
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -123,9 +122,11 @@ def _parts(name: str, value: object) -> Inputs:
     """Return a tensor, or a tuple or dict of tensors. Raises TypeError for anything else."""
     if isinstance(value, Tensor):
         return value
-    if not isinstance(value, Mapping | list | tuple) or not value:
+    found: Inputs = ()
+    if isinstance(value, Mapping | list | tuple):
+        found = dict(value) if isinstance(value, Mapping) else tuple(value)
+    if not found:
         raise TypeError(f"a pair whose {name} are {described(value)}, not tensors")
-    found = cast(Inputs, dict(value) if isinstance(value, Mapping) else tuple(value))
     for part in parts_of(found):
         if not isinstance(part, Tensor):
             raise TypeError(f"a pair whose {name} hold {described(part)}, not tensors")

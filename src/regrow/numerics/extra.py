@@ -56,11 +56,17 @@ def fresh(metric: Metric, device: torch.device, *, syncs: bool = True) -> Metric
     """
     copied = metric.clone()
     copied.reset()
-    copied._to_sync = syncs  # what `compute` reads; sync_on_compute sets it in __init__ alone
-    states = copied.metric_state.values()
-    if any(isinstance(state, Tensor) and state.is_floating_point() for state in states):
-        copied.set_dtype(torch.float64)
+    for each in _parts(copied):
+        each._to_sync = syncs  # what `compute` reads; sync_on_compute sets it in __init__ alone
+        states = each.metric_state.values()
+        if any(isinstance(state, Tensor) and state.is_floating_point() for state in states):
+            each.set_dtype(torch.float64)
     return copied.to(device)
+
+
+def _parts(metric: Metric) -> list[Metric]:
+    """Return the metric and those that it is computed from, as in `MeanSquaredError() ** 0.5`."""
+    return [each for each in metric.modules() if isinstance(each, Metric)]
 
 
 def update(metric: Metric, outputs: Tensor, targets: Tensor) -> None:
@@ -82,12 +88,13 @@ def _take_no_rows(metric: Metric, outputs: Tensor, targets: Tensor) -> None:
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # of many classes
         warnings.simplefilter("ignore")
         trial.update(outputs, targets)
-    for name, state in trial.metric_state.items():
-        own = metric.metric_state[name]
-        if isinstance(state, list):
-            setattr(metric, name, state)  # of an empty tensor, which has the rows' type
-        elif isinstance(own, Tensor) and own.shape != state.shape:
-            setattr(metric, name, own.expand(state.shape).clone())
+    for part, tried in zip(_parts(metric), _parts(trial), strict=True):
+        for name, state in tried.metric_state.items():
+            own = part.metric_state[name]
+            if isinstance(state, list):
+                setattr(part, name, state)  # of an empty tensor, which has the rows' type
+            elif isinstance(own, Tensor) and own.shape != state.shape:
+                setattr(part, name, own.expand(state.shape).clone())
 
 
 def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) -> None:
@@ -121,7 +128,8 @@ def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) ->
                 f"{KEY}.{name}: {kind} gives {whole:g} for a batch and {updates:g} for its parts "
                 "together, so it depends on how the examples are grouped. Use another metric."
             )
-        if not _is_number(shares) or not _alike(whole, float(shares)):
+        is_known = len(outputs) > 2  # a correlation over shares of one row each is NaN
+        if not _is_number(shares) or (is_known and not _alike(whole, float(shares))):
             raise UserError(
                 f"{KEY}.{name}: {kind} gives another value if processes share a batch. Give each "
                 "add_state in its __init__ a dist_reduce_fx, such as sum, or use another metric."
@@ -132,7 +140,7 @@ def _alike(one: float, other: float) -> bool:
     return math.isnan(one) or math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
 
 
-def _forms(metric: Metric, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+def _forms(metric: Metric, outputs: Tensor, targets: Tensor) -> list[Any]:
     """Return each state's type and shape after one update, in the parts that processes compare.
 
     The length of a list's rows may differ between processes; torchmetrics pads them.
@@ -141,12 +149,12 @@ def _forms(metric: Metric, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         update(copied, outputs, targets)
-    forms: dict[str, Any] = {}
-    for name, state in copied.metric_state.items():
+    forms: list[Any] = []
+    for state in (state for each in _parts(copied) for state in each.metric_state.values()):
         if isinstance(state, list):
-            forms[name] = [(part.dtype, part.ndim, part.shape[1:]) for part in state]
+            forms.append([(part.dtype, part.ndim, part.shape[1:]) for part in state])
         else:
-            forms[name] = state.dtype, state.shape
+            forms.append((state.dtype, state.shape))
     return forms
 
 
@@ -162,17 +170,17 @@ def _fed(metric: Metric, batches: list[tuple[Tensor, Tensor]]) -> Metric:
 
 def _gathered(shares: list[Metric]) -> Metric:
     """Return the first one, with the states of all, as torchmetrics gathers those of processes."""
-    first = shares[0]
-    reductions: Mapping[str, Any] = first._reductions
-    for name, reduction in reductions.items():
-        states: list[Any] = [share.metric_state[name] for share in shares]
-        if isinstance(states[0], list):
-            joined: Any = [part for state in states for part in state]
-        else:
-            joined = torch.stack(states)
-            joined = joined if reduction is None else reduction(joined)
-        setattr(first, name, joined)
-    return first
+    for first, *others in zip(*map(_parts, shares), strict=True):
+        reductions: Mapping[str, Any] = first._reductions
+        for name, reduction in reductions.items():
+            states: list[Any] = [each.metric_state[name] for each in (first, *others)]
+            if isinstance(states[0], list):
+                joined: Any = [part for state in states for part in state]
+            else:
+                joined = torch.stack(states)
+                joined = joined if reduction is None else reduction(joined)
+            setattr(first, name, joined)
+    return shares[0]
 
 
 def _computed(metric: Metric) -> Any:
