@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import forked
@@ -22,6 +23,11 @@ from regrow.record import records
 TRAIN = ROOT / "scripts" / "train.py"
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+written_in_python = pytest.mark.xfail(
+    not version("omegaconf").startswith("2.3."),
+    reason="omegaconf 2.4 writes YAML by libyaml, which takes no byte that is not UTF-8",
+    raises=UnicodeEncodeError,
+)
 
 
 def run(
@@ -118,6 +124,7 @@ def test_a_folder_whose_name_is_not_utf_8_holds_a_run(tmp_path: Path) -> None:
         run(place, argument, script=ROOT / "scripts" / script)
 
 
+@written_in_python
 def test_a_byte_of_a_file_name_comes_back_from_json_and_yaml(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
