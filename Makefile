@@ -26,7 +26,7 @@ setup: ## build or update .venv
 train: setup ## train: make train ARGS="optimizer=adamw scheduler=cosine"
 	@$(PY) scripts/train.py $(ARGS)
 
-test: setup ## run the tests that are not slow (some seven minutes on two cores)
+test: setup ## run the tests that are not slow (some five minutes on two cores)
 	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: setup ## run only the slow tests

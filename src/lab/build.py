@@ -20,12 +20,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lab import optim, several
+from lab.faults import refuse_split
 from lab.models.initialisation import StartsFromData, start_from_data
 from lab.options import TrainerOptions
 from lab.plan import LoopPlan, StepPlan, StepResult
 from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
-from lab.step import refuse_split, train_step
+from lab.step import train_step
 from lab.tasks.losses import BALANCED
 from regrow.config.targets import call_failed, instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding

@@ -1,4 +1,4 @@
-"""Handles steps that run out of memory or have a non-finite loss or gradient."""
+"""Batches that cannot be split, and steps without memory or without a finite loss or gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lab.plan import LoopPlan, StepPlan
 from lab.state import TrainState
 from regrow.errors import SlicesTooLarge, UserError
 from regrow.numerics.totals import Totals
-from regrow.protocols import Batch
+from regrow.protocols import Batch, Task
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,16 @@ def refuse_endless_skipping(state: TrainState, totals: Totals, plan: LoopPlan) -
                 else ""
             )
             + f". {advice}."
+        )
+
+
+def refuse_split(task: Task, parts: int) -> None:
+    """Raise UserError for a loss that is not a sum, if each part of a batch would have its own."""
+    if parts > 1 and not task.sums_over_examples:
+        raise UserError(
+            f"trainer.devices, trainer.accumulation_steps: a step's batch is split into {parts} "
+            "parts, and this loss is not a sum over examples. Use 1 for both, or, with several "
+            "processes, a step that gathers the rows: see docs/recipes/your_step.md."
         )
 
 

@@ -12,14 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lab.faults import make_room
+from lab.faults import make_room, refuse_split
 from lab.plan import StepPlan, StepResult
 from lab.state import TrainState
-from regrow.errors import UserError
 from regrow.numerics.calls import call, is_out_of_memory
 from regrow.numerics.totals import Totals, weighted
 from regrow.phases import phase
-from regrow.protocols import Batch, Task
+from regrow.protocols import Batch
 
 # Returns a micro-batch's weighted losses, to be differentiated, and its totals.
 Forward = Callable[[Batch, StepPlan], tuple[Tensor, Totals]]
@@ -84,16 +83,6 @@ def forward(batch: Batch, plan: StepPlan) -> tuple[Tensor, Totals]:
     losses = weighted(loss.values, loss.weights)  # (B,), or (B, …) for tokens or pixels
     score = plan.task.running(outputs, batch.targets) if batch.num_local else None
     return losses, Totals.of(losses.detach(), loss.weights, loss.components, score, batch.num_local)
-
-
-def refuse_split(task: Task, parts: int) -> None:
-    """Raise UserError for a loss that is not a sum, if each part of a batch would have its own."""
-    if parts > 1 and not task.sums_over_examples:
-        raise UserError(
-            f"trainer.devices, trainer.accumulation_steps: a step's batch is split into {parts} "
-            "parts, and this loss is not a sum over examples. Use 1 for both, or, with several "
-            "processes, a step that gathers the rows: see docs/recipes/your_step.md."
-        )
 
 
 def backward(losses: Tensor, state: TrainState, batch: Batch) -> None:
