@@ -107,8 +107,8 @@ def test_a_run_with_adapters_keeps_its_base_and_loads_from_its_folder(
 
 
 def test_weights_are_not_downloaded_for_a_model_inside_adapters(tmp_path: Path) -> None:
-    from regrow.runs.loaded import _refuse_downloads
+    from regrow.runs.loaded import _without_downloads
 
     node = {"_target_": "peft.get_peft_model", "model": {"pretrained": True, "hidden": [1]}}
-    _refuse_downloads(node)
+    _without_downloads(node)
     assert node["model"] == {"pretrained": False, "hidden": [1]}

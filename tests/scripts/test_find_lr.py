@@ -23,6 +23,7 @@ from running import CPU, config_of
 
 from lab import loop
 from lab.build import BuiltObjects, plan_of
+from lab.plan import LoopPlan
 from lab.schedules import Plateau
 from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
@@ -48,7 +49,7 @@ def job(*overrides: str) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
-def built(*overrides: str) -> tuple[BuiltObjects, loop.Plan]:
+def built(*overrides: str) -> tuple[BuiltObjects, LoopPlan]:
     config = config_of(*SMALL, *overrides)
     objects = training.build(config, CPU)
     nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
