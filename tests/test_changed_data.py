@@ -150,6 +150,7 @@ def test_each_refusal_of_another_seed_names_all_that_it_takes(
     assert OmegaConf.load("run/config.yaml").data.source.seed == 1
 
 
+@pytest.mark.slow
 def test_the_same_command_again_accepts_where_it_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -179,6 +180,7 @@ def write_labels(**changed: int) -> None:
     Path("labels.json").write_text(json.dumps(labels))
 
 
+@pytest.mark.slow
 def test_a_changed_label_in_a_data_set_of_the_users_own_is_other_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

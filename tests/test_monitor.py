@@ -126,6 +126,7 @@ def test_early_stopping_and_plateau_follow_the_direction(tmp_path: Path) -> None
     assert wrong["steps"] < 8 and wrong["stopped_early"]
 
 
+@pytest.mark.slow
 def test_a_contradiction_is_allowed_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_folder_of_another_config_is_refused_with_the_differences(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_resume_never_does_not_touch_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     launched("hydra.run.dir=mine")
     with pytest.raises(SystemExit):
@@ -167,6 +168,7 @@ def test_a_resume_tells_what_it_changes_and_says_nothing_twice(
     assert "learning rate of step" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_value_that_looks_like_a_secret_is_hidden_and_the_run_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,6 +193,7 @@ def test_an_update_deletes_and_replaces_no_file_that_a_project_took_from_its_use
     assert "mine.py" not in (tmp_path / "own/.template/lab.patch").read_text()
 
 
+@pytest.mark.slow
 def test_an_update_is_undone_by_a_reset(project: Path, template: Path) -> None:
     before = contents(project)
     assert script(project, "update", f"FROM={template}").returncode == 0
@@ -278,6 +279,7 @@ def test_an_unclean_tree_is_refused(project: Path, template: Path) -> None:
     assert_refused(project, template, "git does not know docs/more")
 
 
+@pytest.mark.slow
 def test_a_renamed_file_is_named_in_full_and_a_systems_file_is_not_an_edit(
     project: Path, template: Path
 ) -> None:
@@ -289,6 +291,7 @@ def test_a_renamed_file_is_named_in_full_and_a_systems_file_is_not_an_edit(
     assert script(project, "update", f"FROM={template}").returncode == 0
 
 
+@pytest.mark.slow
 def test_an_update_from_a_relative_bare_clone_in_an_older_python(
     project: Path, template: Path, tmp_path: Path
 ) -> None:
@@ -380,6 +383,7 @@ def update_with_other_git(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_update_that_cannot_be_written_leaves_everything_as_it_was(
     project: Path, template: Path, tmp_path: Path
 ) -> None:

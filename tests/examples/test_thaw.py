@@ -53,6 +53,7 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
         train(tmp_path, *RUN, "step.frozen=[bdy.*]")
 
 
+@pytest.mark.slow
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
     assert_grows_back(tmp_path, RUN, 7, "step.until_step=5")
 

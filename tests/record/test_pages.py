@@ -93,6 +93,7 @@ def compare(folders: list[Path], output: Path) -> Path:
         ("regression", "predicted_test"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_gets_its_plots_and_its_page(tmp_path: Path, task: str, picture: str) -> None:
     folder = make_run(tmp_path / "run", task=task)
     drawn = plots.draw(folder)
@@ -283,6 +284,7 @@ def test_the_page_holds_the_curves_and_marks_the_best_step(tmp_path: Path) -> No
     assert "288 170" in page.text and "best val/accuracy" in page.text
 
 
+@pytest.mark.slow
 def test_rates_of_a_short_run_are_left_out_with_one_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=2)
     lines = [{"step": 50 * index, "epoch": index, "train/lr": 0.1, "train/grad_norm": 1.0,

@@ -328,6 +328,7 @@ def test_a_range_test_from_outside(tmp_path: Path) -> None:
     assert len(folders) == 1
 
 
+@pytest.mark.slow
 def test_the_range_test_uses_the_runs_own_precision_and_micro_batches() -> None:
     objects, plan = built("model=mlp", "trainer.accumulation_steps=3", "trainer.clip_norm=0.1")
     curve = range_tested(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 20}))

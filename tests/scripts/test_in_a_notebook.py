@@ -83,6 +83,7 @@ def test_one_example_is_a_batch_of_one(digits: Path) -> None:
     assert run.predict(image.flip(2)).rows() != whole.rows()
 
 
+@pytest.mark.slow
 def test_images_from_files_folders_and_memory(photos: Path, tmp_path: Path) -> None:
     run = load_run(photos / "run")
     folder = photos / "images" / "cat"

@@ -36,6 +36,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(folder / "run", *SCENES, KAPPA % 11, "trainer.monitor=val/kappa")
 
 
+@pytest.mark.slow
 def test_a_run_measures_what_its_model_predicts(scenes: Path) -> None:
     run = load_run(scenes)
     with torch.no_grad():
@@ -122,6 +123,7 @@ def test_two_images_of_one_stem_get_two_masks(tmp_path: Path) -> None:
     assert found == [Path("a.png"), Path("a.png.png"), Path("b/a.png")]
 
 
+@pytest.mark.slow
 def test_a_stopped_segmentation_resumes_bit_for_bit(tmp_path: Path) -> None:
     options = (*SCENES, "trainer.max_epochs=2", "trainer.num_threads=1", "data.batch_size=16")
     whole = train(tmp_path / "whole", *options)

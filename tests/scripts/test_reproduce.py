@@ -169,6 +169,7 @@ def test_a_damaged_record_is_used_as_far_as_it_goes(name: str, run: Path) -> Non
     assert isinstance(reproduce.changes(before, before), list)
 
 
+@pytest.mark.slow
 def test_files_that_redaction_or_the_limit_changed_are_named(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

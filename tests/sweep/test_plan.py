@@ -297,6 +297,7 @@ def test_a_wrong_override_gets_the_same_error_in_many_configs_as_in_one(
     assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.slow
 def test_a_job_is_the_same_job_whatever_is_logged_or_noted_about_it(
     loader_and_config: tuple[ConfigLoader, DictConfig],
 ) -> None:

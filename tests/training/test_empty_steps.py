@@ -163,6 +163,7 @@ def test_an_epoch_of_empty_steps_alone_is_warned_of(caplog: pytest.LogCaptureFix
     assert epoch(batch(1, 2), batch(0, 1, bad=True)) == []  # a bad step is reported elsewhere
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_make_a_step_empty(tmp_path: Path) -> None:
     """A micro-batch of weight zero and one with weight make a normal step."""
     one = train(tmp_path / "one", *RARE, "model.dropout=0")
