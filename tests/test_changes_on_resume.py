@@ -120,6 +120,11 @@ def test_nan_and_infinity_in_a_file_of_ones_own_are_accepted_and_equal() -> None
         assert of_shipped("model.missing", value) is None  # any value
 
 
+def test_a_missing_key_differs_from_the_text_absent() -> None:
+    assert [*differences({"notes": "absent"}, {})] == ["notes"]
+    assert [*differences({}, {"notes": "absent"})] == ["notes"]
+
+
 def test_the_readme_says_of_each_key_what_a_resume_does() -> None:
     readme = (CONF.parent / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+) \| (takes|refuses)\b.* \|$", readme, re.MULTILINE)

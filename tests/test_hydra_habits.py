@@ -122,6 +122,7 @@ PLACES = {
     "hydra.searchpath=[/nope]": "hydra.searchpath: there is no /nope.",
     "hydra.searchpath=[http://x]": "Hydra reads nothing from http://.",
     "~hydra.sweep": "~hydra.sweep: a setting of Hydra's has a value, and cannot be left out.",
+    "~name": "~name: its value is an interpolation, which Hydra resolves too early. Leave ~name",
     # Hydra 1.3 removes no null; 1.4 does, and the run needs the key.
     "~trainer.clip_norm": "~trainer.clip_norm: it is not there, or is null already."
     if IS_1_3

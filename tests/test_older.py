@@ -277,7 +277,7 @@ def test_without_the_row_a_resume_is_refused(
         return found
 
     absent = (
-        r"trainer\.brand_new was absent and would be True.* give it a row in .*\.added\. "
+        r"trainer\.brand_new was absent and would be true.* give it a row in .*\.added\. "
         r".*: trainer\.brand_new=true$"
     )
     with pytest.raises(UserError, match=absent):
@@ -362,7 +362,7 @@ def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -
     completed["trainer"]["ema_warmup"] = False
     (folder / "config.yaml").write_text(json.dumps(completed))
     overrides = resume.expand([f"resume={folder}"])
-    with pytest.raises(UserError, match=r"trainer\.ema_warmup was False and would be True"):
+    with pytest.raises(UserError, match=r"trainer\.ema_warmup was false and would be true"):
         # The same as a new record: it had the key, and its value merely equals the earlier one.
         resumed_config.resumed(folder, as_now(folder), overrides)
     (folder / resumed_config.LACKED).write_text(json.dumps(lacked))

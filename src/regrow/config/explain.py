@@ -119,6 +119,10 @@ def _cannot_merge(override: str, error: Exception) -> str:
         reason = "a list and a mapping cannot take each other's place"
     if "does not support deletion" in reason:
         reason = "a setting of Hydra's has a value, and cannot be left out"
+    if override.startswith("~") and "resolving interpolation" in reason:
+        reason = (
+            f"its value is an interpolation, which Hydra resolves too early. Leave {override} out"
+        )
     return f"{override}: {reason.rstrip('.') or 'the config does not take it'}."
 
 

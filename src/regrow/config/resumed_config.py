@@ -12,6 +12,7 @@ from typing import Any
 
 from regrow.config import command_line, older
 from regrow.config.command_line import key_of, typed
+from regrow.config.leads import shown
 from regrow.config.recorded import holds_run, recorded_config, recorded_overrides
 from regrow.dotted import Checked, Config, leaves, matches
 from regrow.errors import UserError
@@ -76,6 +77,16 @@ LIMITS = (
 )
 
 
+class _Absent:
+    """In place of a missing key's value; equals no value of a config."""
+
+    def __str__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
 def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str, Any] | None:
     """Return the `asked` config as it resumes the run in `folder`, or None if there is none.
 
@@ -135,12 +146,12 @@ def _refuse_changes(
         if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
             continue
         if matches(key, MAY_CHANGE):
-            log.info("changed: %s from %s to %s", key, old, new)
+            log.info("changed: %s from %s to %s", key, shown(old), shown(new))
         elif any(key == name or key.startswith(f"{name}.") for name in named):
-            log.warning("changed by name: %s from %s to %s", key, old, new)
+            log.warning("changed by name: %s from %s to %s", key, shown(old), shown(new))
         else:
-            refused.append(f"{key} was {old} and would be {new}")
-            if new != "absent":
+            refused.append(f"{key} was {shown(old)} and would be {shown(new)}")
+            if new is not ABSENT:
                 named_so.append(older.as_override(key, new))
     if refused:
         words = f": {command_line.shell(named_so)}" if named_so else ""
@@ -241,7 +252,9 @@ def is_done(folder: Path, config: Checked) -> bool:
     if ended and any(limit in changed for limit in LIMITS):
         key, more = next(iter(ended.items()))
         value = leaves(config)[key]
-        was = f" was {changed[key][0]} and would be {value}" if key in changed else f"={value}"
+        was = (
+            f" was {shown(changed[key][0])} and would be {value}" if key in changed else f"={value}"
+        )
         raise UserError(
             f"{folder} is complete: {key}{was}, and at step {summary['steps']} that is reached. "
             f"To resume, raise it: {key}={more}"
@@ -277,11 +290,10 @@ def reached(summary: Mapping[str, Any], trainer: Checked) -> dict[str, int]:
 
 
 def differences(old: Mapping[str, Config], new: Mapping[str, Config]) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys whose values differ, with both values, "absent" for a missing key."""
+    """Return the dotted keys whose values differ, with both values, `ABSENT` for a missing key."""
     before, after = leaves(old), leaves(new)
     both = {
-        key: (before.get(key, "absent"), after.get(key, "absent"))
-        for key in sorted({*before, *after})
+        key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in sorted({*before, *after})
     }
     return {key: (a, b) for key, (a, b) in both.items() if not _equal(a, b)}
 
