@@ -45,6 +45,7 @@ from regrow.numerics.buffers import Buffers
 from regrow.numerics.capture import LEAST_STEPS, Eager, Graphs
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
+from regrow.numerics.unsaved import Unsaved
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, EvalBatches, TrainBatches
 from regrow.randomness import key, seed_data, seed_everything, states_kept
@@ -451,5 +452,6 @@ def plan_of(
         sets=objects.sets,
         total_steps=objects.total_steps,
         stop=stop,
+        unsaved=Unsaved(model, objects.task, objects.train_step) if world.is_main else Unsaved(),
         **record,
     )

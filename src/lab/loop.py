@@ -157,6 +157,7 @@ def save(state: TrainState, plan: LoopPlan) -> None:
     if plan.checkpoints.saved == (state.step, evaluated) or not plan.checkpoints.writes:
         return
     plan.step.buffers.check_shapes()
+    plan.unsaved.look()
     every = plan.options.checkpoint.milestones_every_epochs
     value = progress.latest.get(plan.options.monitor or "") if evaluated else None
     if value == progress.best_value and state.step != progress.best_step:

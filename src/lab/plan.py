@@ -19,6 +19,7 @@ from regrow.numerics.buffers import Buffers
 from regrow.numerics.capture import Eager
 from regrow.numerics.precision import autocast
 from regrow.numerics.totals import Skipped, Totals
+from regrow.numerics.unsaved import Unsaved
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
 from regrow.randomness import key
@@ -92,3 +93,4 @@ class LoopPlan:
     stop: StopRequest
     trial: Trial | None = None
     meter: Meter = field(default_factory=Meter)
+    unsaved: Unsaved = field(default_factory=Unsaved)  # what changes and no checkpoint holds

@@ -13,4 +13,5 @@ precision: at_least_float32, autocast, LossScale, widest
 scheduler_adapter: adapts, refuse_metric, SchedulerAdapter
 totals: COUNTED, either_is_not_finite, EXAMPLES, gradient_norm, LOSS, numbers, ratio, scalar, SCORE,
     Skipped, sum_dtype, times, Totals, WEIGHT, weighted, without_waiting
+unsaved: Unsaved
 """

@@ -1,0 +1,157 @@
+"""What training changes and no checkpoint holds is named once, and nothing else is."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import TINY, config_of, train_config
+from torch import Tensor, nn
+
+from lab.plan import StepPlan, StepResult
+from lab.state import TrainState
+from lab.step import train_step
+from regrow.protocols import Batch
+
+
+class Net(nn.Module):
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.inner = nn.LazyLinear(num_outputs)
+        self.kept: Any = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(inputs.flatten(1))
+        self.look(outputs.detach())
+        return outputs
+
+    def look(self, outputs: Tensor) -> None: ...
+
+
+class Counts(Net):
+    """Counts its calls in a Python number, as one does to anneal something."""
+
+    kept = 0
+
+    def look(self, outputs: Tensor) -> None:
+        self.kept = (self.kept or 0) + 1
+
+
+class Averages(Net):
+    """Keeps a running mean in a tensor that is no buffer."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(num_outputs)
+        self.kept = torch.zeros(num_outputs)
+
+    def look(self, outputs: Tensor) -> None:
+        self.kept.lerp_(outputs.mean(0), 0.1)
+
+
+class Below(Net):
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(num_outputs)
+        self.inner = nn.Sequential(nn.Flatten(), Counts(num_outputs))
+
+
+class Registers(Net):
+    """The control for `Counts` and `Averages`: a checkpoint holds the buffer."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(num_outputs)
+        self.register_buffer("count", torch.zeros(()))
+
+    def look(self, outputs: Tensor) -> None:
+        self.count += 1
+
+
+class Shows(Net):
+    """Keeps its last outputs, which no step reads."""
+
+    def look(self, outputs: Tensor) -> None:
+        self.kept = outputs
+
+
+class Caches(Net):
+    """Keeps a size of the first batch, as rotary embeddings do."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(num_outputs)
+        self.kept = 0
+
+    def look(self, outputs: Tensor) -> None:
+        self.kept = max(self.kept, outputs.shape[1])
+
+
+class Saves(Counts):
+    """A counter that torch's own means save."""
+
+    def get_extra_state(self) -> int:
+        return int(self.kept)
+
+    def set_extra_state(self, state: int) -> None:
+        self.kept = state
+
+
+class Centres(nn.Module):
+    """A loss with a buffer, which is not part of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.mean = self.mean + 0.1 * outputs.detach().mean()
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+
+class Fixed(Centres):
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+
+class Step:
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, state: TrainState, batch: Batch, plan: StepPlan) -> StepResult:
+        self.number += 1
+        return train_step(state, batch, plan)
+
+
+def warned(
+    caplog: pytest.LogCaptureFixture, folder: Path, *overrides: str, **nodes: Any
+) -> list[str]:
+    caplog.clear()
+    config = config_of(*TINY, "trainer.max_epochs=3", *overrides)
+    for name, target in nodes.items():
+        outputs = {"num_outputs": 3} if name == "model" else {}
+        config[name] = {"_target_": f"test_unsaved.{target}", **outputs}
+    train_config(folder, config)
+    lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    return [line.partition(":")[0] for line in lines if "no checkpoint holds it" in line]
+
+
+@pytest.mark.parametrize(
+    ("node", "target", "name"),
+    [
+        ("model", "Counts", "model.kept"),
+        ("model", "Averages", "model.kept"),
+        ("model", "Below", "model.inner.1.kept"),
+        ("loss", "Centres", "task.loss_fn.mean"),
+        ("step", "Step", "step.number"),
+        ("model", "Registers", None),
+        ("model", "Shows", None),
+        ("model", "Caches", None),
+        ("model", "Saves", None),
+        ("loss", "Fixed", None),
+    ],
+)
+def test_what_no_checkpoint_holds_is_named_once(
+    node: str, target: str, name: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert warned(caplog, tmp_path / "run", **{node: target}) == ([name] if name else [])
