@@ -387,6 +387,25 @@ def test_rotation_keeps_newest_best_and_milestones(
     assert written(tmp_path, values, options_of(**changes), mode) == left
 
 
+def test_steps_of_nine_digits_are_the_newest_and_are_rotated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = 99_999_998
+    for step in range(first, first + 5):
+        writer.write(tmp_path, part(step), facts(step))
+        writer.rotate(tmp_path, OPTIONS, None, written=step)
+        assert (tmp_path / "last").resolve().name == f"step_{step}"
+    assert {path.name for path in tmp_path.glob("step_*")} == {"step_100000001", "step_100000002"}
+    (tmp_path / "step_100000002" / "model.pt").write_bytes(b"")
+    loaded = writer.load_newest(tmp_path)
+    assert loaded is not None and loaded[1]["step"] == 100_000_001
+    assert (tmp_path / "damaged_step_100000002").is_dir()
+    for prefix in (".tmp-", ".old-"):
+        (tmp_path / f"{prefix}step_100000000").mkdir()
+    CheckpointWriter(tmp_path, OPTIONS, None)
+    assert not [*tmp_path.glob(".*-step_*")]
+
+
 def test_rotation_touches_nothing_but_checkpoints_of_its_folder(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -237,7 +238,7 @@ def write(
     shards: Shards | None = None,
     writers: Writers | None = None,
 ) -> Path:
-    """Write one checkpoint, `folder/step_<8 digits>`, completely or not at all. Raises OSError.
+    """Write one checkpoint, `folder/step_<8 digits or more>`, completely or not at all. Raises OSError.
 
     With `writers`, each of them writes its `shards` and the main one everything else.
     """
@@ -304,7 +305,7 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, writte
     checkpoint of this folder.
     """
     manifests = complete(folder)
-    newest_first = sorted(manifests, reverse=True)
+    newest_first = [*reversed(manifests)]
     sign = 1 if mode == "max" else -1
     values = {path: facts["value"] for path, facts in manifests.items()}
     ranked = sorted(
@@ -328,13 +329,20 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, writte
             shutil.rmtree(old, ignore_errors=True)
 
 
+def folders_in(folder: Path, prefix: str = "") -> list[Path]:
+    """Return the checkpoints' folders, oldest first. From step 100,000,000 on, names are longer."""
+    name = re.compile(rf"{re.escape(prefix)}step_\d{{8,}}")
+    found = [path for path in folder.glob(f"{prefix}step_*") if name.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
 def complete(folder: Path) -> dict[Path, dict[str, Any]]:
     """Return the checkpoints with a readable manifest, and the manifests, oldest first.
 
     Does not check their other files.
     """
     found = {}
-    for path in sorted(folder.glob("step_????????")):
+    for path in folders_in(folder):
         with contextlib.suppress(DamagedCheckpoint):
             found[path] = read_manifest(path)
     return found
@@ -515,7 +523,8 @@ def load_newest(
     exist and all are damaged: that must not look like a fresh start.
     """
     reasons = []
-    for path in sorted(folder.glob("step_????????"), reverse=True):
+    there = folders_in(folder)
+    for place, path in reversed([*enumerate(there)]):
         try:
             loaded = load(path)
         except DamagedCheckpoint as damage:
@@ -523,9 +532,8 @@ def load_newest(
             continue
         for reason in reasons:
             log.warning("checkpoint skipped: %s. Going back to %s.", reason, path.name)
-        for newer in folder.glob("step_????????"):
-            if newer.name > path.name:
-                _set_aside(newer)
+        for newer in there[place + 1 :]:
+            _set_aside(newer)
         return loaded
     if reasons:
         raise UserError(
@@ -545,13 +553,13 @@ def _set_aside(path: Path) -> None:
 
 def _clear_up(folder: Path) -> None:
     """Remove a killed process's leftovers, and restore a checkpoint that it had half replaced."""
-    for old in folder.glob(".old-step_????????"):
+    for old in folders_in(folder, ".old-"):
         target = folder / old.name.removeprefix(".old-")
         if not target.exists():
             with contextlib.suppress(DamagedCheckpoint):
                 verify(old)  # including its files: a rotation may have deleted some
                 old.rename(target)
-    leftovers = [*folder.glob(".tmp-step_????????"), *folder.glob(".old-step_????????")]
+    leftovers = [*folders_in(folder, ".tmp-"), *folders_in(folder, ".old-")]
     for leftover in (*leftovers, *folder.glob(".tmp-last"), *folder.glob(".tmp-best")):
         if leftover.is_symlink():
             leftover.unlink()
