@@ -408,6 +408,14 @@ def distribute_all(model: nn.Module, options: DDPOptions, world: World, exchange
     )
 
 
+def unsaved_of(objects: BuiltObjects) -> Unsaved:
+    """Return the watch over what training changes and no checkpoint holds."""
+    state = objects.state
+    optimizers = several.by_name(state.optimizer).items()
+    named = {several.full("optimizer", name): each for name, each in optimizers}
+    return Unsaved(state.model, task=objects.task, step=objects.train_step, **named)
+
+
 def plan_of(
     objects: BuiltObjects, seed: int, world: World, stop: StopRequest, **record: Any
 ) -> LoopPlan:
@@ -452,6 +460,6 @@ def plan_of(
         sets=objects.sets,
         total_steps=objects.total_steps,
         stop=stop,
-        unsaved=Unsaved(model, objects.task, objects.train_step) if world.is_main else Unsaved(),
+        unsaved=unsaved_of(objects) if world.is_main else Unsaved(),
         **record,
     )

@@ -123,6 +123,16 @@ class Step:
         return train_step(state, batch, plan)
 
 
+class Counting(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.number = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.number += 1
+        super().step(closure)
+
+
 def warned(
     caplog: pytest.LogCaptureFixture, folder: Path, *overrides: str, **nodes: Any
 ) -> list[str]:
@@ -130,6 +140,7 @@ def warned(
     config = config_of(*TINY, "trainer.max_epochs=3", *overrides)
     for name, target in nodes.items():
         outputs = {"num_outputs": 3} if name == "model" else {}
+        outputs |= {"_partial_": True, "lr": 0.1} if name == "optimizer" else {}
         config[name] = {"_target_": f"test_unsaved.{target}", **outputs}
     train_config(folder, config)
     lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -144,6 +155,7 @@ def warned(
         ("model", "Below", "model.inner.1.kept"),
         ("loss", "Centres", "task.loss_fn.mean"),
         ("step", "Step", "step.number"),
+        ("optimizer", "Counting", "optimizer.number"),
         ("model", "Registers", None),
         ("model", "Shows", None),
         ("model", "Caches", None),

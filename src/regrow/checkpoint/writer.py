@@ -238,7 +238,7 @@ def write(
     shards: Shards | None = None,
     writers: Writers | None = None,
 ) -> Path:
-    """Write one checkpoint, `folder/step_<8 digits or more>`, completely or not at all. Raises OSError.
+    """Write one checkpoint, `folder/step_<8 digits>`, completely or not at all. Raises OSError.
 
     With `writers`, each of them writes its `shards` and the main one everything else.
     """

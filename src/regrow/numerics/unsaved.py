@@ -19,15 +19,16 @@ Owner = tuple[
 
 
 class Unsaved:
-    """The plain attributes of a model, a task and a step, and tensors that a checkpoint lacks.
+    """The plain attributes of a run's objects, and their tensors, that a checkpoint lacks.
 
     A checkpoint holds a model's parameters and buffers. A counter in a Python number, or centres of
     classes in a loss, would begin again after a resume, without an error.
     """
 
-    def __init__(self, model: nn.Module | None = None, task: Any = None, step: Any = None) -> None:
+    def __init__(self, model: nn.Module | None = None, **others: Any) -> None:
+        """`others` are objects outside the model, by the names under which a user knows them."""
         self.owners = [] if model is None else [*_owners_in("model", model)]
-        for name, outer in (("task", task), ("step", step)):
+        for name, outer in others.items():
             outer = outer.func if isinstance(outer, functools.partial) else outer
             for key, inner in {"": outer, **getattr(outer, "__dict__", {})}.items():
                 self.owners += _owners_of(f"{name}.{key}".rstrip("."), inner)
