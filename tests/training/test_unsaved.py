@@ -1,4 +1,4 @@
-"""What training changes and no checkpoint holds is named once, and nothing else is."""
+"""State that training changes and no checkpoint holds is named once, and nothing else is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Counts(Net):
 
 
 class Averages(Net):
-    """Keeps a running mean in a tensor that is no buffer."""
+    """Keeps a running mean in a tensor that is not a buffer."""
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__(num_outputs)
@@ -163,7 +163,7 @@ def warned(
         ("loss", "Fixed", None),
     ],
 )
-def test_what_no_checkpoint_holds_is_named_once(
+def test_state_that_no_checkpoint_holds_is_named_once(
     node: str, target: str, name: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert warned(caplog, tmp_path / "run", **{node: target}) == ([name] if name else [])
