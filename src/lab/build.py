@@ -52,7 +52,7 @@ from regrow.randomness import key, seed_data, seed_everything, states_kept
 from regrow.record import monitor
 from regrow.record.meter import Meter
 from regrow.runs import model_checks
-from regrow.runs.fault_checks import Untrained
+from regrow.runs.fault_checks import Untrained, of_task
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     if smallest // (state.num_micro_batches * world.size) <= 1:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
-    odd = untrained_of(objects.task)
+    odd = of_task(objects.task)
     # A sharded forward pass involves all processes, some of which may have a single example.
     if world.mesh is None or min(world.gather(first.num_local)) > 1:
         with states_kept():
@@ -332,22 +332,6 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     for line in odd if world.is_main else ():
         log.warning("%s", line)
     sharding.free(model)
-
-
-def untrained_of(task: Any) -> list[str]:
-    """Return a warning if the task or its loss has parameters: only the model's are trained."""
-    found = []
-    for name, value in {"task": task, **vars(task)}.items():
-        if isinstance(value, nn.Module):
-            found += [f"{name}.{of}" for of, each in value.named_parameters() if each.requires_grad]
-        elif isinstance(value, nn.Parameter) and value.requires_grad:
-            found.append(name)
-    if not found:
-        return []
-    return [
-        f"task: {', '.join(found[:5])} of the task or its loss is neither trained nor saved, as "
-        "only the model's parameters are. Move it to the model, or use requires_grad_(False)."
-    ]
 
 
 def first_batch(train: TrainBatches, sets: Mapping[str, EvalBatches]) -> Batch:
@@ -408,14 +392,6 @@ def distribute_all(model: nn.Module, options: DDPOptions, world: World, exchange
     )
 
 
-def unsaved_of(objects: BuiltObjects) -> Unsaved:
-    """Return the watch over what training changes and no checkpoint holds."""
-    state = objects.state
-    optimizers = several.by_name(state.optimizer).items()
-    named = {several.full("optimizer", name): each for name, each in optimizers}
-    return Unsaved(state.model, task=objects.task, step=objects.train_step, **named)
-
-
 def plan_of(
     objects: BuiltObjects, seed: int, world: World, stop: StopRequest, **record: Any
 ) -> LoopPlan:
@@ -447,6 +423,8 @@ def plan_of(
         untrained=untrained,
     )
     peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
+    optimizer = objects.state.optimizer
+    watched = {"task": objects.task, "step": objects.train_step, "optimizer": optimizer}
     # Counting the operations of a compiled model would run it uncompiled.
     meter = Meter(None if options.compile or peak is None else peak * world.size)
     return LoopPlan(
@@ -460,6 +438,6 @@ def plan_of(
         sets=objects.sets,
         total_steps=objects.total_steps,
         stop=stop,
-        unsaved=unsaved_of(objects) if world.is_main else Unsaved(),
+        unsaved=Unsaved(model, **watched) if world.is_main else Unsaved(),
         **record,
     )

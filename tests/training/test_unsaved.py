@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lab.plan import StepPlan, StepResult
 from lab.state import TrainState
 from lab.step import train_step
+from regrow.numerics.unsaved import Unsaved
 from regrow.protocols import Batch
 
 
@@ -167,3 +168,14 @@ def test_state_that_no_checkpoint_holds_is_named_once(
     node: str, target: str, name: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert warned(caplog, tmp_path / "run", **{node: target}) == ([name] if name else [])
+
+
+def test_one_of_several_optimizers_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    several = {name: Counting([nn.Parameter(torch.ones(()))], 0.1) for name in ("first", "other")}
+    unsaved = Unsaved(nn.Linear(1, 1), optimizer=several)
+    for _ in range(2):
+        unsaved.look()
+        several["other"].step()
+    unsaved.look()
+    assert caplog.messages[0].startswith("optimizer.other.number: training changes it")
+    assert len(caplog.messages) == 1

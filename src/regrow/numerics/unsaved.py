@@ -30,7 +30,8 @@ class Unsaved:
         self.owners = [] if model is None else [*_owners_in("model", model)]
         for name, outer in others.items():
             outer = outer.func if isinstance(outer, functools.partial) else outer
-            for key, inner in {"": outer, **getattr(outer, "__dict__", {})}.items():
+            parts = outer if isinstance(outer, dict) else getattr(outer, "__dict__", {})
+            for key, inner in {"": outer, **parts}.items():
                 self.owners += _owners_of(f"{name}.{key}".rstrip("."), inner)
         self.before: dict[tuple[str, int], object] | None = None
         self.has_told = False

@@ -216,6 +216,22 @@ def without_gradient(names: list[str], steps: int) -> str:
     )
 
 
+def of_task(task: Any) -> list[str]:
+    """Return a warning if the task or its loss has parameters: only the model's are trained."""
+    found = []
+    for name, value in {"task": task, **vars(task)}.items():
+        if isinstance(value, torch.nn.Module):
+            found += [f"{name}.{of}" for of, each in value.named_parameters() if each.requires_grad]
+        elif isinstance(value, torch.nn.Parameter) and value.requires_grad:
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"task: {', '.join(found[:5])} of the task or its loss is neither trained nor saved, as "
+        "only the model's parameters are. Move it to the model, or use requires_grad_(False)."
+    ]
+
+
 def unsettled_averages(model: torch.nn.Module, steps: int, num_micro_batches: int) -> str | None:
     """Return a line if BatchNorm's running averages are mostly of before the run; else None.
 
