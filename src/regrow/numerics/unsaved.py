@@ -66,10 +66,12 @@ class Unsaved:
             for name, value in values.items():
                 if are_buffers:
                     found[f"{prefix}.{name}", 0] = id(value), getattr(value, "_version", 0)
+                elif name in OF_TORCH:
+                    continue
+                elif isinstance(value, (bool, int, float, str)):
+                    found[f"{prefix}.{name}", 0] = value
                 elif isinstance(value, Tensor) and not value.is_inference():
                     found[f"{prefix}.{name}", id(value)] = value._version
-                elif isinstance(value, bool | int | float | str) and name not in OF_TORCH:
-                    found[f"{prefix}.{name}", 0] = value
         return found
 
 
