@@ -36,6 +36,7 @@ ADDED_KEYS = (
     AddedKey(IMAGE_FOLDER, "decoder", "pillow"),
     AddedKey("lab.data.datasets.shards", "decoder", "pillow"),
     AddedKey("lab.data.datasets.csv", "group", None),
+    AddedKey("lab.data.datasets.csv", "overlap", "refuse", "data.overlap"),
     AddedKey("lab.data.datasets.csv", "sampling", None, "data.sampling"),
     AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
     AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,13 +184,50 @@ def test_standardised_targets_come_back_in_their_units(make_data: Make, cpu: tor
 )
 def test_one_group_leaves_nothing_to_train_on(options: dict[str, Any], causes: str) -> None:
     whole = (list(range(10)), np.zeros(10))
-    with pytest.raises(DataError, match=rf"split train is empty: .*{causes} of 1 groups\. Let val"):
+    with pytest.raises(DataError, match=rf"split train is empty: .*{causes} of 1 group\. Let val"):
         cut(*whole, val_fraction=0.1, seed=0, groups=["a"] * 10, **options)
 
 
 def test_equal_examples_leave_nothing_to_train_on() -> None:
     with pytest.raises(DataError, match=r"^split train .*: data\.source\.val_fraction=0\.5 of 1 d"):
         cut([7] * 4, np.zeros(4), val_fraction=0.5, test_fraction=0.0, seed=0)
+
+
+def test_few_distinct_rows_make_odd_splits_with_a_word_and_even_ones_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keys = [number % 7 for number in range(1000)]
+    whole: dict[str, Any] = {"val_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
+    _, _, test = cut(keys, np.zeros(1000), **whole)
+    assert test is not None and len(test) == 143
+    assert caplog.messages[-1].startswith(
+        "split test has 143 of 1000 examples instead of 200: data.source.test_fraction=0.2 of 7 "
+        "distinct examples. Equal examples stay in one split"
+    )
+    assert "data.overlap=ignore" in caplog.messages[-1]
+    caplog.clear()
+    found = cut(keys, np.zeros(1000), **whole, binds_equal=False)
+    assert [len(split) for split in found if split is not None] == [700, 100, 200]
+    groups = [number // 10 for number in range(1000)]  # each holds all kinds of rows
+    with pytest.raises(DataError, match=r"of 1 group\. .* split them one by one: data\.overlap=ig"):
+        cut(keys, np.zeros(1000), **whole, groups=groups)
+    found = cut(keys, np.zeros(1000), **whole, groups=groups, binds_equal=False)
+    assert [len(split) for split in found if split is not None] == [700, 100, 200]
+    held = [{groups[index] for index in split.tolist()} for split in found if split is not None]
+    assert sum(map(len, held)) == 100  # no group is in two splits
+    assert not caplog.messages
+
+
+def test_equal_rows_of_a_table_are_split_one_by_one_where_an_overlap_is_ignored(
+    make_data: Make, tmp_path: Path
+) -> None:
+    rows = [f"{number % 3},{number % 4},{number % 5}" for number in range(500)]
+    (tmp_path / "few.csv").write_text("\n".join(["a,b,y", *rows]))
+    given = (f"source.train_file={tmp_path}/few.csv", "source.target_columns=[y]")
+    given += ("input_shape=[2]", "target_kind=multiclass", "num_classes=5", "num_outputs=5")
+    together, apart = make_data("csv", *given), make_data("csv", *given, "overlap=ignore")
+    assert together.num_examples != {"train": 350, "val": 50, "test": 100}
+    assert apart.num_examples == {"train": 350, "val": 50, "test": 100}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool, torch.int16])

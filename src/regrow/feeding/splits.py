@@ -27,6 +27,12 @@ LIKE_SPLITS = re.compile(  # how a folder's name begins
 )
 log = logging.getLogger("regrow.data")
 
+FAR, LEAST_FAR = 0.25, 10  # of a split's size from what was asked, relative and in examples
+APART = (
+    " Equal examples stay in one split, with all of their groups. If equal rows of a table are "
+    "different cases, split them one by one: data.overlap=ignore"
+)
+
 
 class MapStyle(Protocol):
     """A data set for torch's DataLoader; item i is always the same example."""
@@ -295,16 +301,19 @@ def cut(
     folds: int | None = None,
     fold: int = 0,
     groups: Sequence[Hashable] | None = None,
+    binds_equal: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the indices of train, val and test, stratified; a fraction of 0 gives None.
 
     With `folds`, the test set is fold `fold` of `folds` equal folds; `test_fraction` is ignored.
-    Examples with equal keys (true duplicates) and those of one of the `groups` always land in the
-    same split. The test split depends only on the data, `seed` and `test_fraction` or `folds`, not
-    on `val_fraction`. Raises UserError for fractions, DataError for a split that would be empty.
+    Examples of one of the `groups` always land in the same split, and so do those with equal keys
+    (true duplicates) if `binds_equal`. Warns if a split's size is then far from what was asked.
+    The test split depends only on the data, `seed` and `test_fraction` or `folds`, not on
+    `val_fraction`. Raises UserError for fractions, DataError for a split that would be empty.
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
     test_share = test_fraction if folds is None else 1 / folds
+    keys = keys if binds_equal else range(len(keys))
     unit = _numbered(keys) if groups is None else _bound_together(keys, groups)
 
     def choose(within: npt.NDArray[np.int64], share: float, name: str) -> npt.NDArray[np.bool_]:
@@ -339,23 +348,31 @@ def cut(
     rest = np.flatnonzero(~test)
     val[rest] = choose(rest, val_fraction / (1 - test_share), "val")
 
+    causes = {"val": f"data.source.val_fraction={val_fraction}"} if val_fraction else {}
+    if folds is not None:
+        causes["test"] = f"data.folds={folds}"
+    elif test_fraction:
+        causes["test"] = f"data.source.test_fraction={test_fraction}"
+    kind = "distinct example" if groups is None else "group"
+    kinds = f"{len(first_in_unit)} {kind}{'s' * (len(first_in_unit) > 1)}"
+    given = len(keys) if groups is None else len(set(groups))
+    joins = len(first_in_unit) < given
+
     def indices(name: str, chosen: npt.NDArray[np.bool_], fraction: float) -> Tensor | None:
         found = torch.from_numpy(np.flatnonzero(chosen[unit]))
+        asked = causes.get(name) or " and ".join(causes.values()) or "all"
         if fraction > 0 and len(found) == 0:
-            causes = {"val": f"data.source.val_fraction={val_fraction}"} if val_fraction else {}
-            if folds is not None:
-                causes["test"] = f"data.folds={folds}"
-            elif test_fraction:
-                causes["test"] = f"data.source.test_fraction={test_fraction}"
             way_out = "Raise it, or set it to 0 for no such split."
             if name == "train":
                 way_out = "Let val and test take less, or add data."
             elif name == "test" and folds is not None:
                 way_out = "Use fewer."
-            asked = causes.get(name) or " and ".join(causes.values()) or "all"
-            what = "groups" if groups is not None else "distinct examples"
-            raise DataError(
-                f"split {name} is empty: {asked} of {len(first_in_unit)} {what}. {way_out}"
+            raise DataError(f"split {name} is empty: {asked} of {kinds}. {way_out}{APART * joins}")
+        wanted = fraction * len(unit)
+        if name != "train" and abs(len(found) - wanted) > max(FAR * wanted, LEAST_FAR):
+            log.warning(
+                "split %s has %d of %d examples instead of %.0f: %s of %s.%s",
+                *(name, len(found), len(unit), wanted, asked, kinds, APART * joins),
             )
         return found if fraction > 0 else None
 
@@ -485,6 +502,7 @@ def cut_examples(
     folds: int | None = None,
     fold: int = 0,
     strata: npt.NDArray[Any] | None = None,
+    binds_equal: bool = True,
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """Split examples into train, val and test, with `cut`.
 
@@ -501,6 +519,7 @@ def cut_examples(
         folds=folds,
         fold=fold,
         groups=examples.groups,
+        binds_equal=binds_equal,
     )
     return (
         examples.subset(train),

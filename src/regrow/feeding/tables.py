@@ -217,14 +217,16 @@ def csv(
     folds: int | None,
     fold: int,
     group: str | None,
+    overlap: str,
     seed: int,
 ) -> Splits:
     """Return the splits of a table of numbers with a header line. Files are relative to `root`.
 
     Val and test without their own files are cut from `train_file` by their fractions; `sets` names
     further files to evaluate. Rows with the same cell in the column `group` are on one side of
-    every cut. By default the features are all columns that are neither target, weight, group nor
-    the draw weights that `sampling` = {column: name} names, which only `train_file` needs.
+    every cut, and so are rows with equal features, unless `overlap` is "ignore". By default the
+    features are all columns that are neither target, weight, group nor the draw weights that
+    `sampling` = {column: name} names, which only `train_file` needs.
     Targets by `target_kind`: multiclass and binary: one column of class names or of indices from 0;
     multilabel: columns of 0 and 1; regression: columns of numbers.
     """
@@ -298,6 +300,7 @@ def csv(
         seed=seed,
         folds=folds,
         fold=fold,
+        binds_equal=overlap != "ignore",
     )
     return Splits(
         train,
