@@ -117,11 +117,12 @@ def test_binary_and_multilabel_columns(tmp_path: Path, capsys: pytest.CaptureFix
     rows = predicted(cancer, tmp_path / "rows.npy", tmp_path / "binary.csv")
     assert list(rows[0]) == ["input", "prediction", "probability"]
     names = load_run(cancer).class_names or ["0", "1"]
-    told = capsys.readouterr().out.splitlines()[1:]
+    heading, *told = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["input", "prediction", "probability", "of", names[1]]
     for row, line in zip(rows, told, strict=False):
-        share = float(row["probability"])
+        share = float(row["probability"])  # of the second class, here and there
         assert row["prediction"] == names[share > 0.5]
-        assert line.split() == [row["input"], row["prediction"], f"{max(share, 1 - share):.4f}"]
+        assert line.split() == [row["input"], row["prediction"], f"{share:.4f}"]
 
     attributes = finished(tmp_path / "labels", "data=digits_attributes", "task=multilabel")
     np.save(tmp_path / "images.npy", np.full((2, 8, 8), 3, np.uint8))

@@ -97,9 +97,12 @@ def holds_run(folder: Path) -> bool:
 def refuse_other_folder(folder: Path, given: Path | None = None) -> None:
     """Raise UserError, which names the folder as `given`, if it holds no run. Needs no torch."""
     if not holds_run(folder):
-        what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
         if (folder / "sweep.json").is_file():
-            what = "it is a sweep's, which holds a folder for each of its runs"
+            raise UserError(
+                f"run={given or folder}: not a run's folder (it is a sweep's). Give one of its runs, "
+                f"such as {given or folder}/0; its table and sweep.html name the best one."
+            )
+        what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
         raise UserError(
             f"run={given or folder}: not a run's folder ({what}). Give the folder that a run "
             "printed at its start, such as outputs/digits/latest."

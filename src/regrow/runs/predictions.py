@@ -159,12 +159,11 @@ class Glance:
             values = {printable(k): f"{float(v):.6g}" for k, v in row.items() if k != "input"}
             return told | values
         chosen = row["prediction"]
-        if self.kind == "binary":
-            share = float(row["probability"])  # of the positive class
-            share = share if chosen == self.positive else 1 - share
+        if self.kind == "binary":  # the number that the table has
+            title, share = f"probability of {printable(self.positive)}", row["probability"]
         else:
-            share = float(row[f"probability/{chosen}"])
-        return {**told, "prediction": printable(chosen), "probability": f"{share:.4f}"}
+            title, share = "probability", row[f"probability/{chosen}"]
+        return {**told, "prediction": printable(chosen), title: f"{float(share):.4f}"}
 
 
 def _labels(row: Mapping[str, str]) -> list[str]:
