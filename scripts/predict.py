@@ -5,9 +5,9 @@ python scripts/predict.py run=outputs/digits/latest input=images/ output=predict
 The input is an image, a folder of images, an .npy array (N, …) in the data's own raw units, or a
 .csv with the columns that the run was trained on. The output has a line per example: its name, the
 predicted class and the probability of each (of the positive one alone, for a binary task), or the
-value in the targets' own units; the first ones and the number of each class are printed. For a segmentation, the output is a folder with a mask per
-example, as PNG. Without output=, it is written to the current folder, as predictions.csv or, for
-masks, predictions/.
+value in the targets' own units; the first ones and the number of each class are printed. For a
+segmentation, the output is a folder with a mask per example, as PNG. Without output=, it is written
+to the current folder, as predictions.csv or, for masks, predictions/.
 """
 
 from __future__ import annotations

@@ -247,6 +247,14 @@ def test_a_wrong_argument_is_an_error_of_one_line(
     assert sorted(path.name for path in digits.iterdir()) == before
 
 
+def test_the_folder_of_a_sweep_leads_to_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    with one_line_and_exit_code_2(capsys, f"Give one of its runs, such as {tmp_path}/0;"):
+        main([f"run={tmp_path}"])
+
+
 @pytest.mark.parametrize("name", ["train", "find_lr", "evaluate", "predict"])
 def test_a_python_without_the_requirements_is_told_how_to_get_them(name: str) -> None:
     done = subprocess.run(  # -S: without site-packages
