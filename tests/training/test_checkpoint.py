@@ -387,6 +387,15 @@ def test_rotation_keeps_newest_best_and_milestones(
     assert written(tmp_path, values, options_of(**changes), mode) == left
 
 
+@pytest.mark.parametrize("every", ["null", "1"])
+def test_a_milestone_is_the_last_step_of_its_epoch(every: str, tmp_path: Path) -> None:
+    run = (*TINY, "trainer.checkpoint.save_every_epochs=null", "trainer.eval_every_epochs=null")
+    run = (*run, "trainer.checkpoint.keep_last=1", f"trainer.checkpoint.save_every_steps={every}")
+    train(tmp_path, *run, "trainer.checkpoint.milestones_every_epochs=2")
+    kept = {path.name for path in (tmp_path / "checkpoints").glob("step_*")}
+    assert kept == {"step_00000008", "step_00000012"}  # an epoch has four steps
+
+
 def test_rotation_touches_nothing_but_checkpoints_of_its_folder(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
