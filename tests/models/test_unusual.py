@@ -26,6 +26,7 @@ from running import (
 from torch import Tensor, nn
 
 from lab.build import check_first_batch, first_batch
+from lab.state import average_of, update_average
 from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
 from regrow.checkpoint.digest import weights_sha256
@@ -285,6 +286,14 @@ def test_an_integer_parameter_is_taken_over_by_the_average() -> None:
     bench.step(batch_of(torch.ones(2, 6), torch.tensor([0, 1])))
     assert bench.state.averaged is not None
     assert bench.state.averaged.index.tolist() == [2] * 6
+
+
+def test_a_complex_parameter_has_an_average() -> None:
+    model = nn.ParameterList([torch.zeros(3, dtype=torch.complex64)])
+    averaged = average_of(model)
+    model[0].data.fill_(4 + 8j)
+    update_average(averaged, model, 0.25, Skipped(False))
+    assert averaged[0].tolist() == [1 + 2j] * 3
 
 
 def test_a_lazy_model_is_loaded_from_its_folder(
