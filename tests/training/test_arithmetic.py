@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -582,3 +583,22 @@ def test_a_loss_that_does_not_sum_over_examples_is_not_split(
     plan: Any = SimpleNamespace(task=objects.task, world=two)
     with pytest.raises(UserError, match=r"split into 2 parts, and this loss is not a sum"):
         step.forward(next(iter(objects.train.epoch(0))), plan)  # or compute each share's own loss
+
+
+def test_totals_of_different_micro_batches_add_up() -> None:
+    two, one = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
+    plain = Totals.of(two, None, {"part": two}, two, 2)
+    halved = Totals.of(one / 2, one / 6, {"part": one}, one, 1)
+    without = Totals.of(one * 0, one * 0, {"part": one}, None, 0)  # a process without examples
+    for parts in itertools.permutations([plain, halved, without]):
+        found = functools.reduce(Totals.plus, parts)
+        means = {"loss": 4.5 / 2.5, "score": 6 / 3, "loss_part": 4.5 / 2.5}
+        assert found.means("score") == pytest.approx(means)
+        assert found.weighted and found.scored and found.factor(3) == 3 / 2.5
+        unscored = Totals.of(two, None, {"part": two}, None, 2)
+        assert not found.plus(unscored).scored and not unscored.plus(found).scored
+
+
+def test_losses_in_half_precision_are_summed_in_float32() -> None:
+    losses = totals.weighted(torch.ones(257, dtype=torch.bfloat16), None)
+    assert Totals.of(losses, None, {}, None, 257).read()[0] == 257  # bfloat16 lacks this number
