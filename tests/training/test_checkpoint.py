@@ -406,7 +406,7 @@ def test_a_milestone_is_the_last_step_of_its_epoch(every: str, tmp_path: Path) -
     assert kept == {"step_00000008", "step_00000012"}  # an epoch has four steps
 
 
-def test_a_folder_called_best_that_is_no_checkpoint_is_not_deleted(tmp_path: Path) -> None:
+def test_a_folder_called_best_that_lacks_a_manifest_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "notes.txt").touch()
     writer.write(tmp_path, part(1), facts(1, 0.5))
