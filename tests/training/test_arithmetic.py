@@ -18,6 +18,8 @@ from running import CPU, TINY, Bench, batch_of, config_of, metrics_of, train
 from torch import Tensor, nn
 
 from lab import loop, optim, step
+from lab.evaluate import measure
+from lab.progress import QUIET
 from lab.tasks import losses
 from lab.tasks.custom import mse_plus_mae
 from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
@@ -27,6 +29,7 @@ from regrow.feeding.batch import LoadedBatch
 from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
+from regrow.randomness import Draws
 from regrow.runs import training
 
 CLASSES = 5
@@ -602,3 +605,28 @@ def test_totals_of_different_micro_batches_add_up() -> None:
 def test_losses_in_half_precision_are_summed_in_float32() -> None:
     losses = totals.weighted(torch.ones(257, dtype=torch.bfloat16), None)
     assert Totals.of(losses, None, {}, None, 257).read()[0] == 257  # bfloat16 lacks this number
+
+
+class Noting(nn.Module):
+    """Returns its inputs, and notes what it drew and in which precision it computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[float, torch.dtype]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.noted.append((torch.rand(()).item(), (inputs @ inputs.T).dtype))
+        return inputs
+
+
+def test_an_evaluation_counts_by_weight_draws_by_batch_and_has_the_precision_of_the_run() -> None:
+    model, right = Noting(), batch_of(torch.eye(3), torch.arange(3))
+    wrong = LoadedBatch(torch.eye(3), torch.tensor([1, 2, 0]), torch.zeros(3), 3, 3)
+    task = training.build(config_of(*TINY), CPU).task
+
+    def values(*batches: LoadedBatch) -> dict[str, float]:
+        return measure(model, task, batches, CPU, "bf16", QUIET, Draws(0, "val", 0, 0))[0]
+
+    assert values(right, wrong) == values(right)
+    (first, precision), (second, _), _ = model.noted
+    assert first != second and precision == torch.bfloat16
