@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from running import TINY, train
 
+from lab import loop, step
+from regrow.distributed import parallel
 from regrow.project import ROOT
 
 # Wall-clock time for people to read, and for the age of a file, whose timestamp uses that clock.
@@ -42,3 +47,22 @@ def test_a_limit_in_seconds_holds_while_the_clock_jumps(
     summary = train(tmp_path / "run", *TINY, "trainer.max_seconds=600")
     assert summary["status"] == "completed" and summary["epochs"] == 3
     assert 0 < summary["seconds"] < 600
+
+
+def test_a_limit_in_seconds_counts_all_steps_and_no_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **more: Any) -> Any:
+            now[0] += seconds
+            return work(*args, **more)
+
+        return timed
+
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(step, "train_step", taking(1.0, step.train_step))
+    monkeypatch.setattr(loop, "evaluate", taking(100.0, loop.evaluate))
+    summary = train(tmp_path / "run", *TINY, "trainer.max_seconds=6")  # an epoch has four steps
+    assert (summary["seconds"], summary["steps"]) == (6.0, 6)

@@ -430,11 +430,22 @@ def test_an_early_stop_is_told_with_its_reason(
     assert [said in record.message for record in caplog.records].count(True) == 1
 
 
+OTHERS = [
+    ("adamw", "sgd"),
+    ("sgd", "adamw"),
+    ("muon", "adamw"),
+    ("adamw", "muon"),
+    ("sgd", "rmsprop"),
+]
+
+
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [("adamw", "sgd"), ("sgd", "adamw"), ("muon", "adamw"), ("adamw", "muon"), ("sgd", "rmsprop")],
+    ("first", "second", "older"),
+    [
+        *((*others, older) for older in (False, True) for others in OTHERS),
+        ("adam", "adamw", False),  # which have the same settings
+    ],
 )
-@pytest.mark.parametrize("older", [False, True])
 def test_another_optimizer_starts_without_moments_and_says_so(
     first: str, second: str, older: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -98,12 +98,24 @@ def test_a_limit_takes_examples_of_all_the_split_whatever_the_seed() -> None:
     thirty = taken(30)
     assert len(thirty) == 30 and max(thirty) > 0.8 * whole and min(thirty) < 0.2 * whole
     assert taken(30, seed=5) == thirty < taken(60)
+    assert rare(limit_train=999).train(device=CPU).num_examples == whole
 
 
 def test_an_ignored_target_is_never_drawn() -> None:
     classes = torch.tensor([0, 1, 1, -100, 7, 0, 0])
     weights = balancing(classes, (classes != 7) & (classes != -100))
     assert weights.tolist() == [1 / 3, 1 / 2, 1 / 2, 0, 0, 1 / 3, 1 / 3]
+    some = Listed(13, 0)
+    some.targets = [-100, *some.targets[1:]]
+    weights = of_ones_own(some, sampling="balanced", ignore_index=2).draw_weights()
+    assert weights.tolist() == [0.0] + [1 / 4] * 4 + [1 / 5] * 5 + [0.0] * 3
+
+
+def test_the_classes_of_the_examples_that_a_limit_leaves_are_equally_likely() -> None:
+    numbers, classes = drawn(rare(limit_train=100), 1)
+    weights = rare(sampling="balanced", limit_train=100).draw_weights()
+    likely = torch.bincount(classes[numbers.argsort()], weights)
+    assert likely.tolist() == pytest.approx([1.0] * 3)
 
 
 @pytest.mark.parametrize("in_files", [False, True])
@@ -263,8 +275,9 @@ def test_data_without_classes_or_weights_is_one_line() -> None:
     soft = Examples(torch.ones(4, 4), torch.full((4, 3), 1 / 3))
     assert "must hold one number" in refused(soft, sampling="balanced")
     weighted = Listed(13, 0)
-    weighted.draw_weights = [1.0] * 12 + [float("nan")]  # type: ignore[attr-defined]
-    assert "negative, NaN or infinite" in refused(weighted, sampling={"column": "w"})
+    for bad in (float("nan"), -1.0):
+        weighted.draw_weights = [1.0] * 12 + [bad]  # type: ignore[attr-defined]
+        assert "negative, NaN or infinite" in refused(weighted, sampling={"column": "w"})
     weighted.draw_weights = [0.0] * 12 + [1.0]  # type: ignore[attr-defined]
     only = of_ones_own(weighted, sampling={"column": "w"}).train(device=CPU).epoch(0)
     assert {int(n) for batch in only for n in batch.inputs[:, 0]} == {12}  # type: ignore[index]

@@ -44,6 +44,16 @@ class Unit:
         return torch.eye(COUNT)[index], index % 3
 
 
+class Weighted(Unit):
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, targets = super().__getitem__(index)
+        return {"inputs": inputs, "targets": targets, "weights": self.weights[index]}
+
+
 def units(train: Any = None, mix: Mix | None = MixUp(alpha=0.7), **changes: Any) -> Data:  # noqa: B008
     options = {"batch_size": SIZE, "input_shape": [COUNT], "mixing": mix, **changes}
     return of_ones_own(Unit() if train is None else train, **options)
@@ -135,12 +145,11 @@ def test_memory_and_files_mix_the_same(same: Same) -> None:
     for world_size in (1, 2):
         assert same(batches_of(units(memory), 2, world_size), batches_of(units(), 2))
     weights = torch.rand(COUNT)
-    weighted = [batch.weights for batch in batches_of_rank(units(Examples(torch.eye(COUNT), targets,
-                weights)))]  # fmt: skip
     inputs = [batch.inputs for batch in batches_of(units())]
-    for found, rows in zip(weighted, inputs, strict=True):
-        assert found is not None
-        assert torch.allclose(found, rows @ weights, atol=1e-6)  # type: ignore[operator]
+    for train in (Examples(torch.eye(COUNT), targets, weights), Weighted(weights)):
+        for found, rows in zip(batches_of_rank(units(train)), inputs, strict=True):
+            assert found.weights is not None
+            assert torch.allclose(found.weights, rows @ weights, atol=1e-6)  # type: ignore[operator]
 
 
 def batches_of_rank(data: Data) -> list[LoadedBatch]:

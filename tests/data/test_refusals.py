@@ -300,6 +300,7 @@ def test_a_source_that_returns_something_else_is_named() -> None:
 def test_numpy_of_any_byte_order_becomes_a_tensor() -> None:
     made = Examples(np.arange(4, dtype=">f8").reshape(2, 2), np.arange(2, dtype=np.uint16))
     assert made.inputs.dtype == torch.float64 and made.targets.dtype == torch.int64
+    assert Examples(np.ones((2, 2), np.longdouble), [0, 1]).inputs.tolist() == [[1.0, 1.0]] * 2
     assert isinstance(Splits(made, None, None).train, Examples)
 
 

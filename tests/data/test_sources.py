@@ -187,9 +187,18 @@ def test_a_model_that_starts_from_data_sees_examples_spread_over_what_is_trained
     assert len(found) == 1024 and torch.equal(found[-1], known[1023 * len(known) // 1024])
     first = make_data("digits", "limit_train=9", "limit_by=first")
     assert torch.equal(first.sample_inputs(), known[:9])
+    some = make_data("digits", "limit_train=9")
+    assert torch.equal(some.sample_inputs(), known[some._chosen()])
     monkeypatch.setattr("regrow.feeding.loaders.NUM_SAMPLED", 100)
     places = [number * len(known) // 100 for number in range(100)]
     assert torch.equal(make_data("digits").sample_inputs(), known[places])
+
+
+def test_inputs_become_the_nearest_shades_of_the_images_that_they_were(make_data: Make) -> None:
+    data = make_data("digits")  # of 0 to 16
+    raw = torch.cat([*data.raw_inputs("val")])  # type: ignore[arg-type]
+    shown = [data.as_pixels(b.inputs) for b in data.evaluation("val", device=CPU)]  # type: ignore[arg-type]
+    assert (torch.cat(shown).double() - raw.double() * 255 / 16).abs().max() < 0.501
 
 
 def test_large_sets_are_normalised_by_the_batch_with_the_same_bits(

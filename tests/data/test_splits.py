@@ -11,7 +11,15 @@ import torch
 
 from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
-from regrow.feeding.splits import Examples, Splits, check_overlap, cut, cut_examples, text_names
+from regrow.feeding.splits import (
+    Examples,
+    Splits,
+    check_overlap,
+    cut,
+    cut_examples,
+    strata_of,
+    text_names,
+)
 
 Make = Callable[..., Data]
 BUNDLED = ("digits", "digits_attributes", "breast_cancer", "diabetes")
@@ -46,6 +54,11 @@ def test_every_class_is_split_in_proportion(make_data: Make) -> None:
     for name, split in make_data("digits").source.items():
         counts = torch.bincount(split.targets)
         assert counts.max() - counts.min() <= 0.1 * len(split) / 10 + 3, name
+
+
+def test_binary_targets_are_split_in_proportion_and_values_by_their_deciles() -> None:
+    assert set(strata_of(torch.tensor([0.0, 1.0] * 50))) == {0, 1}
+    assert strata_of(torch.arange(100.0)).tolist() == [n // 10 for n in range(100)]
 
 
 def test_both_digit_tasks_have_the_same_images_in_each_split(make_data: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from running import (
 from torch import Tensor, nn
 
 from lab.build import check_first_batch, first_batch
+from lab.state import average_of, update_average
 from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
 from regrow.checkpoint.digest import weights_sha256
@@ -285,6 +287,35 @@ def test_an_integer_parameter_is_taken_over_by_the_average() -> None:
     bench.step(batch_of(torch.ones(2, 6), torch.tensor([0, 1])))
     assert bench.state.averaged is not None
     assert bench.state.averaged.index.tolist() == [2] * 6
+
+
+def test_the_hash_is_over_names_types_shapes_and_bytes_in_the_order_of_the_names() -> None:
+    model = nn.Module()
+    model.register_buffer("wide", torch.tensor([1 + 2j]).conj())
+    model.register_buffer("narrow", torch.ones(2, 1, dtype=torch.bfloat16))
+    hashed = hashlib.sha256(b"narrow torch.bfloat16 (2, 1)" + b"\x80\x3f" * 2)
+    hashed.update(b"wide torch.complex64 (1,)" + np.complex64(1 - 2j).tobytes())
+    assert weights_sha256(model) == hashed.hexdigest()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda items: dict(enumerate(items))])
+def test_the_hash_sees_each_number_of_an_extra_state(kind: Any) -> None:
+    class Extra(nn.Module):
+        def get_extra_state(self) -> Any:
+            return kind([tensor])
+
+    tensor = torch.zeros(2_000)  # of which a text shows six
+    before = weights_sha256(Extra())
+    tensor[1_000] = 1
+    assert weights_sha256(Extra()) != before
+
+
+def test_a_complex_parameter_has_an_average() -> None:
+    model = nn.ParameterList([torch.zeros(3, dtype=torch.complex64)])
+    averaged = average_of(model)
+    model[0].data.fill_(4 + 8j)
+    update_average(averaged, model, 0.25, Skipped(False))
+    assert averaged[0].tolist() == [1 + 2j] * 3
 
 
 def test_a_lazy_model_is_loaded_from_its_folder(

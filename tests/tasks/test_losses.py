@@ -286,8 +286,9 @@ def test_a_loss_may_return_values_or_a_pair_or_a_single_number() -> None:
     assert weighted((values, weights), weights, 4).weights is not None
     combined = weighted((values, weights), weights, 4).weights
     torch.testing.assert_close(combined, torch.tensor([1.0, 0.0, 4.0, 1.0]))
-    single = weighted(torch.tensor(3.0), None, 4)
+    single = weighted(LossOutput(torch.tensor(3.0), None, {"part": torch.tensor(1.0)}), None, 4)
     assert single.values.shape == (4,) and single.values.mean() == 3
+    assert single.components["part"].sum() == 4  # the loop divides it by four
     tokens = weighted(LossOutput(torch.ones(4, 3)), weights, 4)
     assert tokens.weights is not None and tokens.weights.sum() == 12
 

@@ -106,6 +106,7 @@ def test_chunks_give_what_one_update_gives(
         assert sliced.details() == details
     else:
         assert sliced.details()["confusion_matrix"] == details["confusion_matrix"]
+        assert "." not in json.dumps(details["confusion_matrix"])  # counts
     recipe, outputs, targets = KINDS[kind]
     parts = zip(outputs.split(50), targets.split(50), strict=True)
     batches = [measured(recipe, o, t).scalars() for o, t in parts]
@@ -227,6 +228,7 @@ def test_a_class_that_no_pixel_has_is_left_out_of_the_mean_iou() -> None:
     recipe = segmentation_metrics(NAMES, 255, per_class=True)
     outputs, masks = drawn(9, C, 4, 4), indices(9, 4, 4, high=2)
     outputs[:, 3] = -100  # eel: never a target, never predicted
+    outputs[:, 1] = -100  # dog: never predicted
     found = measured(recipe, outputs, masks).scalars()
     y, p = masks.numpy().reshape(-1), outputs.argmax(1).numpy().reshape(-1)
     assert math.isnan(found["iou/eel"]) and found["iou/owl"] == 0
@@ -254,6 +256,9 @@ def test_examples_of_weight_zero_are_left_out_and_other_weights_count_as_one(kin
         expected
     )
     assert measured(recipe, outputs, targets).scalars() != pytest.approx(expected)
+    more = measured(recipe, outputs, targets)  # whose batches have no weights
+    more.update(outputs[:1], targets[:1], torch.zeros(1))  # as of a process without examples
+    assert more.scalars() == pytest.approx(measured(recipe, outputs, targets).scalars())
 
 
 def test_ignored_targets_are_left_out() -> None:
@@ -280,6 +285,7 @@ def test_tokens_and_soft_targets_count_one_by_one() -> None:
 def test_an_absent_class_is_nan_and_left_out_of_the_averages() -> None:
     outputs, targets = drawn(60, C), indices(60, high=2)
     outputs[:, 3] = -100  # eel: never a target, never predicted
+    outputs[:, 1] = -100  # dog: never predicted
     found = measured(multiclass(), outputs, targets).scalars()
     predicted = outputs.argmax(1).numpy()
     assert math.isnan(found["f1/eel"]) and math.isnan(found["auroc/eel"])
@@ -287,7 +293,8 @@ def test_an_absent_class_is_nan_and_left_out_of_the_averages() -> None:
     near(
         found,
         {
-            "precision": sk.precision_score(targets, predicted, average="macro"),
+            "precision": sk.precision_score(targets, predicted, average="macro", zero_division=0),
+            "recall": sk.recall_score(targets, predicted, average="macro", zero_division=0),
             "f1": sk.f1_score(targets, predicted, average="macro"),
             "auroc": (found["auroc/cat"] + found["auroc/dog"]) / 2,
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from running import CPU, TINY, Bench, batch_of, config_of, metrics_of, train
 from torch import Tensor, nn
 
 from lab import loop, optim, step
+from lab.evaluate import measure
+from lab.progress import QUIET
 from lab.tasks import losses
 from lab.tasks.custom import mse_plus_mae
 from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
@@ -26,6 +29,7 @@ from regrow.feeding.batch import LoadedBatch
 from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
+from regrow.randomness import Draws
 from regrow.runs import training
 
 CLASSES = 5
@@ -582,3 +586,47 @@ def test_a_loss_that_does_not_sum_over_examples_is_not_split(
     plan: Any = SimpleNamespace(task=objects.task, world=two)
     with pytest.raises(UserError, match=r"split into 2 parts, and this loss is not a sum"):
         step.forward(next(iter(objects.train.epoch(0))), plan)  # or compute each share's own loss
+
+
+def test_totals_of_different_micro_batches_add_up() -> None:
+    two, one = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
+    plain = Totals.of(two, None, {"part": two}, two, 2)
+    halved = Totals.of(one / 2, one / 6, {"part": one}, one, 1)
+    without = Totals.of(one * 0, one * 0, {"part": one}, None, 0)  # a process without examples
+    for parts in itertools.permutations([plain, halved, without]):
+        found = functools.reduce(Totals.plus, parts)
+        means = {"loss": 4.5 / 2.5, "score": 6 / 3, "loss_part": 4.5 / 2.5}
+        assert found.means("score") == pytest.approx(means)
+        assert found.weighted and found.scored and found.factor(3) == 3 / 2.5
+        unscored = Totals.of(two, None, {"part": two}, None, 2)
+        assert not found.plus(unscored).scored and not unscored.plus(found).scored
+
+
+def test_losses_in_half_precision_are_summed_in_float32() -> None:
+    losses = totals.weighted(torch.ones(257, dtype=torch.bfloat16), None)
+    assert Totals.of(losses, None, {}, None, 257).read()[0] == 257  # bfloat16 lacks this number
+
+
+class Noting(nn.Module):
+    """Returns its inputs, and notes what it drew and in which precision it computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[float, torch.dtype]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.noted.append((torch.rand(()).item(), (inputs @ inputs.T).dtype))
+        return inputs
+
+
+def test_an_evaluation_counts_by_weight_draws_by_batch_and_has_the_precision_of_the_run() -> None:
+    model, right = Noting(), batch_of(torch.eye(3), torch.arange(3))
+    wrong = LoadedBatch(torch.eye(3), torch.tensor([1, 2, 0]), torch.zeros(3), 3, 3)
+    task = training.build(config_of(*TINY), CPU).task
+
+    def values(*batches: LoadedBatch) -> dict[str, float]:
+        return measure(model, task, batches, CPU, "bf16", QUIET, Draws(0, "val", 0, 0))[0]
+
+    assert values(right, wrong) == values(right)
+    (first, precision), (second, _), _ = model.noted
+    assert first != second and precision == torch.bfloat16

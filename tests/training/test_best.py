@@ -14,6 +14,7 @@ import torch
 from running import CPU, TINY, config_of, train
 
 from lab import loop, progress, step
+from regrow.checkpoint import writer
 from regrow.errors import UserError
 from regrow.feeding.batch import LoadedBatch
 from regrow.runs import training
@@ -132,6 +133,22 @@ def test_an_equal_evaluation_after_a_skipped_step_does_not_become_the_best(
         assert summary["best"]["step"] == 2
         assert (tmp_path / "short" / "checkpoints" / "best").resolve().name == "step_00000002"
     assert "were not saved" not in caplog.text
+
+
+def test_a_checkpoint_has_the_value_of_its_own_step_alone(tmp_path: Path, evaluations: Any) -> None:
+    evaluations([0.9, 0.5, 0.7])
+    run = (*TINY, "trainer.eval_every_steps=2", "trainer.checkpoint.save_every_steps=1")
+    train(tmp_path, *run, "trainer.checkpoint.keep_last=9", "trainer.max_steps=6")
+    kept = writer.complete(tmp_path / "checkpoints").values()
+    values = {facts["step"]: facts["value"] for facts in kept}
+    assert values == {
+        1: None,
+        2: 0.9,
+        3: None,
+        4: 0.5,
+        5: None,
+        6: 0.7,
+    }  # by which rotation ranks them
 
 
 def test_early_stopping_and_plateau_take_an_equal_evaluation_for_no_improvement() -> None:

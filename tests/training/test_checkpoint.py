@@ -258,6 +258,16 @@ def test_when_all_are_damaged_one_line_says_so_and_nothing_is_deleted(
         assert contents_of(folder) == before
 
 
+def test_a_step_damaged_twice_is_set_aside_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        for step in (1, 2):
+            writer.write(tmp_path, part(step), facts(step))
+        flip_one_bit(tmp_path / "step_00000002" / "model.pt")
+        assert writer.load_newest(tmp_path)
+    aside = sorted(path.name for path in tmp_path.glob("damaged_*"))
+    assert aside == ["damaged_step_00000002", "damaged_step_00000002_1"]
+
+
 def test_a_damaged_best_checkpoint_is_named_when_it_is_to_be_tested(tmp_path: Path) -> None:
     # The highest loss is that of the first evaluation, at step 4.
     run = (*RUN, "trainer.monitor=val/loss", "trainer.mode=max")
@@ -406,6 +416,31 @@ def test_steps_of_nine_digits_are_the_newest_and_are_rotated(
     assert not [*tmp_path.glob(".*-step_*")]
 
 
+@pytest.mark.parametrize("every", ["null", "1"])
+def test_a_milestone_is_the_last_step_of_its_epoch(every: str, tmp_path: Path) -> None:
+    run = (*TINY, "trainer.checkpoint.save_every_epochs=null", "trainer.eval_every_epochs=null")
+    run = (*run, "trainer.checkpoint.keep_last=1", f"trainer.checkpoint.save_every_steps={every}")
+    train(tmp_path, *run, "trainer.checkpoint.milestones_every_epochs=2")
+    kept = {path.name for path in (tmp_path / "checkpoints").glob("step_*")}
+    assert kept == {"step_00000008", "step_00000012"}  # an epoch has four steps
+
+
+def test_a_folder_called_best_that_lacks_a_manifest_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "notes.txt").touch()
+    writer.write(tmp_path, part(1), facts(1, 0.5))
+    with pytest.raises(OSError, match="best"):
+        writer.rotate(tmp_path, OPTIONS, "max", written=1)
+    assert (tmp_path / "best" / "notes.txt").exists()
+
+
+def test_rotation_keeps_a_written_one_that_is_neither_newest_nor_best(tmp_path: Path) -> None:
+    for step in (5, 6, 7, 3):
+        writer.write(tmp_path, part(step), facts(step, 0.1 * step))
+    writer.rotate(tmp_path, OPTIONS, "max", written=3)
+    assert checkpoints_of_folder(tmp_path) == ["step_00000003", "step_00000006", "step_00000007"]
+
+
 def test_rotation_touches_nothing_but_checkpoints_of_its_folder(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -534,6 +569,18 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -
     go_on.set()
     saver.wait()
     assert writer.load(tmp_path / "step_00000002")[0]["model"]["weight"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("later", [torch.ones(4, dtype=torch.float64) / 3, torch.ones(2, 2)])
+def test_the_copy_has_the_type_and_shape_of_the_moment_of_saving(
+    later: torch.Tensor, tmp_path: Path
+) -> None:
+    saver = CheckpointWriter(tmp_path, OPTIONS, "max")
+    for step, tensor in enumerate((torch.zeros(4), later), 1):
+        saver.save({"model": {"cache": tensor}}, facts(step), lambda position: None)
+        assert saver.wait()
+        found = writer.load(tmp_path / f"step_{step:08d}")[0]["model"]["cache"]
+        torch.testing.assert_close(found, tensor, rtol=0, atol=0)
 
 
 @pytest.fixture

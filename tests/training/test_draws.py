@@ -65,7 +65,22 @@ def test_dropout_draws_from_the_key_of_its_step_as_it_always_did() -> None:
     assert torch.equal(drawn, torch.rand(4, generator=own))
 
 
-def test_an_evaluation_leaves_every_generator_as_it_was(tmp_path: Path) -> None:
+def test_an_evaluation_leaves_every_generator_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = loop.evaluate
+
+    def states() -> list[Any]:
+        numpys = np.random.get_state()[1].tolist()
+        return [torch.get_rng_state().tolist(), numpys, random.getstate()]
+
+    def watched(*args: Any, **more: Any) -> Any:
+        before = states()
+        found = measure(*args, **more)
+        assert states() == before
+        return found
+
+    monkeypatch.setattr(loop, "evaluate", watched)
     often = ("trainer.eval_every_epochs=null", "trainer.checkpoint.save_every_epochs=null")
     found = [
         train(tmp_path / name, *RUN, *often, *more)["weights_sha256"]

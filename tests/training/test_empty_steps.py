@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,15 @@ def test_skipped_and_empty_steps_are_told_apart_on_the_device(dtype: torch.dtype
     assert run.state.sums.read() == step.read()
     run.state.finish_step(step, Skipped(zero, zero), 0, run.options)
     assert run.state.skips.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("its", [True, False])
+def test_a_step_of_two_updates_is_skipped_if_either_is(on_host: bool, its: bool) -> None:
+    for one, other in itertools.product([True, False], repeat=2):
+        first = Skipped(one if on_host else torch.tensor(one), empty=one)
+        found = first.either(Skipped(other if its else torch.tensor(other)))
+        assert bool(found.update) is (one or other) and found.empty is one
 
 
 def test_runs_with_empty_steps_end_and_resume_exactly(tmp_path: Path) -> None:

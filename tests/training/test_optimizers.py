@@ -133,6 +133,15 @@ def test_a_setting_whose_moments_the_checkpoint_lacks_is_one_line(
 ) -> None:
     with pytest.raises(UserError, match=f"optimizer.{name}=.* lacks the moments"):
         resumed(kind, {name: before}, {name: after})
+    assert resumed(kind, {name: after}, {name: after}).param_groups[0][name] == after
+
+
+def test_the_groups_of_another_torch_may_have_more_keys_or_fewer() -> None:
+    optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
+    own = dict.fromkeys(optimizer.param_groups[0])
+    for groups in ([own], [own | {"later": 0}], [{"params": []}]):
+        assert not optim.is_of_another(optimizer, {"param_groups": groups}, None)
+    assert optim.is_of_another(optimizer, {"param_groups": [{"later": 0}]}, None)
 
 
 MUON: dict[str, Any] = {
@@ -259,6 +268,18 @@ def muon(model: nn.Module, **changed: Any) -> Any:
     return optim.build(functools.partial(MuonWithAdamW, **options), groups)
 
 
+def test_a_kernel_is_moved_from_its_present_values_and_only_by_a_gradient() -> None:
+    model = with_kernels(torch.contiguous_format)
+    optimizer = muon(model, kernels=True, weight_decay=0.0)
+    kernels = [p for p in model.parameters() if p.ndim == 4]
+    for kernel in kernels:  # as a checkpoint's
+        kernel.data.fill_(2.0)
+    kernels[0].grad = torch.ones_like(kernels[0])
+    optimizer.step()
+    assert 1.5 < kernels[0].min() <= kernels[0].max() < 2.0
+    assert all(bool((kernel == 2.0).all()) for kernel in kernels[1:])
+
+
 def test_the_momentum_of_a_kernel_does_not_follow_its_layout_in_memory() -> None:
     """Checkpoints hold it, and a run may be resumed with another layout."""
     momenta = []
@@ -324,6 +345,10 @@ def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
         lr, decay = found[id(parameter)]
         assert lr == pytest.approx(0.025 if name.startswith("6.") else 0.25), name
         assert decay == (0.2 if parameter.ndim > 1 else 0.0), name
+    groups = optim.parameter_groups(model, lr_scale={"0": 0.1}, decay_norms_and_biases=False)
+    optimizer = optim.build(functools.partial(torch.optim.SGD, lr=0.25), groups)
+    optim.set_lr(optimizer, 1.0)
+    assert optim.rates(optimizer) == pytest.approx({"lr": 0.25, "lr/x0.1": 0.025})
     with pytest.raises(UserError, match="no trainable parameter matches backbone"):
         optim.parameter_groups(model, lr_scale={"backbone": 0.1}, decay_norms_and_biases=False)
     with pytest.raises(UserError, match="matches 6, or earlier patterns, which win, match the"):

@@ -59,8 +59,7 @@ def weighted(result: Any, weights: Tensor | None, num_examples: int) -> LossOutp
             f"loss returned {len(values)} values for {len(weights)} examples that have weights. "
             "Return one value per example, or a single one, or leave the weights out of the data."
         )
-    if values.ndim > 1:
-        weights = weights.view(-1, *[1] * (values.ndim - 1)).expand(values.shape)
+    weights = weights.view(-1, *[1] * (values.ndim - 1))
     return LossOutput(values, weights if own is None else own * weights, components)
 
 

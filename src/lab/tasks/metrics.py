@@ -36,7 +36,7 @@ MAX_PAIRS = 2_000  # (true, predicted) values kept for the plot
 MAX_CONFUSION = 1_000  # with more classes no table of C x C is kept
 
 Rows = tuple[Tensor, Tensor]  # (N, …) outputs and (N, …) targets
-COUNTS = ("_seen", "confusion", "counts")  # integer states, which float32 would round
+COUNTS = ("_seen", "confusion", "counts")  # states that stay integers, also in the record
 SHAPED = ("auroc", "r2")  # their states have the rows' shape, even for no rows
 AVERAGED = ("accuracy", "precision", "recall", "f1", "auroc")
 

@@ -332,6 +332,3 @@ class _Plan:
                 blocks = order.ahead(number, start=self.start, num_workers=self.num_workers)
                 batch[0] = (*batch[0], 0, blocks)
             yield batch
-
-    def __len__(self) -> int:
-        return len(self.windows) - self.start
