@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from finished import finished, script
 from running import TINY, fingerprint, metrics_of, train
 
 from lab import evaluate, loop
+from lab.plan import StepPlan
 from regrow import randomness
 from regrow.config.yaml_files import read_yaml
 from regrow.numerics import capture
@@ -63,6 +66,16 @@ def test_dropout_draws_from_the_key_of_its_step_as_it_always_did() -> None:
     drawn = torch.rand(4)
     own = torch.Generator().manual_seed(randomness.key(3, "model", 5, 0, 0))
     assert torch.equal(drawn, torch.rand(4, generator=own))
+
+
+def test_each_of_several_models_step_micro_batch_and_process_draws_its_own_numbers() -> None:
+    def seed(name: str, step: int, micro_batch: int, rank: int) -> int:
+        plan: Any = SimpleNamespace(seed=0, name=name, world=SimpleNamespace(rank=rank))
+        return StepPlan.seed_of(plan, step, micro_batch)
+
+    places = [*itertools.product(("", "critic", "generator"), range(3), range(3), range(3))]
+    assert len({seed(*place) for place in places}) == len(places)
+    assert seed("", 2, 1, 0) == randomness.key(0, "model", 2, 1, 0)
 
 
 def test_an_evaluation_leaves_every_generator_as_it_was(
