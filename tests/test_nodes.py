@@ -17,7 +17,7 @@ import regrow
 from regrow.config.check import shipped_node
 from regrow.config.hydra_access import plain
 from regrow.config.targets import locate
-from regrow.config.yaml_files import read_yaml, readable
+from regrow.config.yaml_files import plain_value, read_yaml, readable
 from regrow.dotted import leaves
 from regrow.project import CONF, lab_name
 
@@ -121,10 +121,20 @@ def test_a_file_is_read_with_the_numbers_that_hydra_reads(tmp_path: Path) -> Non
     assert read_yaml(file) != yaml.safe_load(file.read_text())  # the reason for a loader of our own
 
 
+def misspelt_floats(node: Any) -> list[str]:
+    """Return the texts, at any depth, that look like a number with an exponent and are none."""
+    if isinstance(node, dict | list):
+        values = node.values() if isinstance(node, dict) else node
+        return [text for value in values for text in misspelt_floats(value)]
+    looks = isinstance(node, str) and re.fullmatch(r"[-+]?[.\d][-+._\d]*[eE][-+._\d]*", node)
+    return [node] if looks and isinstance(plain_value(node), str) else []  # not 1e-3 in quotes
+
+
 def test_floats_in_yaml_are_floats() -> None:
-    """PyYAML parses 1e-3 as text."""
-    for path in CONF.rglob("*.yaml"):
-        values = re.sub("#.*", "", path.read_text())
-        for word in values.replace(",", " ").split():
-            if word[:1].isdigit() and "e" in word:
-                assert isinstance(yaml.safe_load(word), float), f"{word} in {path}"
+    for path, content in readable("**/*.yaml"):
+        assert misspelt_floats(content) == [], path
+
+
+def test_a_misspelt_float_is_found() -> None:
+    text = "[1e-3, 2E4, '1e5', 1e, {a: 1.e2.3}, -2e--3, 1e-, 'tag(log,interval(1e-4,1e-1))', 3rd]"
+    assert misspelt_floats(plain_value(text)) == ["1e", "1.e2.3", "-2e--3", "1e-"]
