@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import running
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from running import composed
+from running import composed, skip_in_a_project
 
 import regrow
 from regrow.config.check import shipped_node
@@ -19,6 +21,7 @@ from regrow.config.hydra_access import plain
 from regrow.config.targets import locate
 from regrow.config.yaml_files import plain_value, read_yaml, readable
 from regrow.dotted import leaves
+from regrow.errors import UserError
 from regrow.project import CONF, lab_name
 
 
@@ -54,11 +57,23 @@ HANDED_IN = {
 OPTIONAL = {"data.datasets.from_datasets": {"sets"}}
 
 
+def found(target: str, path: str) -> Any:
+    """Return a target. In a project, skips the test if a package is not installed."""
+    try:
+        return locate(target, path)
+    except UserError as error:
+        cause = error.__cause__  # of a module that imports another one
+        module = (isinstance(cause, ModuleNotFoundError) and cause.name) or target
+        if importlib.util.find_spec(package := module.partition(".")[0]) is None:
+            skip_in_a_project(f"{target} needs {package}, which is not installed")
+        raise
+
+
 def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
     """Return keys that the target does not take, and parameters of our own targets without a key
     or with a default: defaults belong in YAML only.
     """
-    parameters = inspect.signature(locate(node["_target_"], path)).parameters
+    parameters = inspect.signature(found(node["_target_"], path)).parameters
     keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return set()
@@ -82,6 +97,17 @@ def test_a_file_for_ones_own_data_sets_may_leave_out_only_further_sets() -> None
     assert mismatches("data", node, "data.source") == set()
     del node["sets"], node["collate"]
     assert mismatches("data", {**node, "set": None}, "data.source") == {"collate", "set"}
+
+
+def test_only_a_project_may_lack_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="no such module"):
+        found("no_such_package.Model", "model")
+    (tmp_path / ".template").mkdir()
+    with pytest.raises(pytest.skip.Exception, match="needs no_such_package"):
+        found("no_such_package.Model", "model")
+    with pytest.raises(UserError, match=r"there is no Adamm\."):
+        found("torch.optim.Adamm", "optimizer")
 
 
 def test_a_key_that_no_parameter_answers_to_is_found() -> None:
