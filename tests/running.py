@@ -35,7 +35,7 @@ from regrow.numerics.buffers import Buffers
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import StopRequest
-from regrow.project import CONF
+from regrow.project import CONF, ROOT
 from regrow.record.meter import Meter
 from regrow.runs import training
 from regrow.runs.lab import lab
@@ -57,6 +57,12 @@ TINY = (
     "trainer.log_every_steps=1",
     "trainer.device=cpu",
 )
+
+
+def skip_in_a_project(why: str) -> None:
+    """Skip the test in a project, which may lack a part. In the template, do nothing: it fails."""
+    if (ROOT / ".template").is_dir():
+        pytest.skip(why)
 
 
 def composed(*overrides: str) -> DictConfig:

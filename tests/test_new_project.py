@@ -16,6 +16,7 @@ from typing import Any
 
 import forked
 import pytest
+from test_recipes import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "new_project.py"
@@ -547,6 +548,47 @@ def test_the_tests_and_the_main_script_of_a_project_pass_beside_untracked_files(
     )
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout
+
+
+# A model, tasks and data sets that the lab's own tests use, and the examples.
+DELETED = """
+    src/ocean_study/examples src/ocean_study/models/unet.py src/ocean_study/models/whitened_cnn.py
+    conf/model/unet.yaml conf/model/whitened_cnn.yaml conf/data/mnist.yaml conf/data/cifar10.yaml
+    conf/experiment/cifar10_fast.yaml conf/experiment/digit_scenes.yaml
+    conf/task/segmentation.yaml conf/loss/for_segmentation.yaml tests/tasks/test_segmentation.py
+"""
+SLOWER = """# @package _global_
+# conf/experiment/slower.yaml
+defaults:
+  - override /optimizer: adamw
+  - _self_
+
+optimizer:
+  lr: 2e-3
+"""
+
+
+@pytest.mark.slow
+def test_the_tests_of_a_project_pass_with_the_files_of_recipes_and_without_deleted_parts(
+    new_project: ModuleType, tmp_path: Path
+) -> None:
+    copy = tmp_path / "ocean"
+    new_project.make_project("Ocean Study", copy)
+    pages = [page.read_text() for page in (copy / "docs/recipes").glob("*.md")]
+    for name, content in blocks("".join([*pages, f"```yaml\n{SLOWER}```\n"])):
+        if name is not None and not name.startswith("conf/local/"):
+            (copy / name).write_text(content)
+    git = ["git", "-C", copy]
+    subprocess.run([*git, "rm", "-rq", *DELETED.split()], check=True)
+    new_project.write_schemas(copy)
+    subprocess.run([*git, "add", "-A"], check=True)
+    environment = os.environ | {"PYTHONPATH": forked.python_path(copy / "src")}
+    of_conf = ("tests/test_nodes.py", "tests/test_schemas.py")
+    for chosen in (of_conf, ("--one-of-each", "-m", "not slow", "-rs")):
+        tests = run(copy, environment, "-m", "pytest", "-p", "no:cacheprovider", *chosen)
+        assert tests.returncode == 0, tests.stdout[-4000:]
+    for name in ("model/whitened_cnn", "data/mnist", "data/cifar10"):
+        assert f"conf/{name}.yaml is not there" in tests.stdout
 
 
 def run(

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from jsonschema import Draft7Validator
 from referencing import Registry, Resource
 
 from regrow.config import schemas
 from regrow.config.rules import RULES, fits
 from regrow.config.targets import HANDED_IN, locate
+from regrow.config.yaml_files import read_yaml
 from regrow.project import CONF, ROOT, lab_name
 
 
@@ -68,9 +68,7 @@ def test_the_schemas_are_those_that_make_schemas_writes() -> None:
 
 def test_every_shipped_file_passes_its_schema() -> None:
     found = {
-        str(path): said
-        for path in FILES
-        if (said := problems(schema_of(path), yaml.safe_load(path.read_text("utf-8")) or {}))
+        str(path): said for path in FILES if (said := problems(schema_of(path), read_yaml(path)))
     }
     assert found == {}
 
@@ -118,7 +116,7 @@ TORCHS = [*schemas.OF_TORCH]
 
 
 def files_of(target: str) -> dict[Path, Any]:
-    contents = {path: yaml.safe_load(path.read_text("utf-8")) or {} for path in FILES}
+    contents = {path: read_yaml(path) for path in FILES}
     return {path: its for path, its in contents.items() if its.get("_target_") == target}
 
 
@@ -144,7 +142,7 @@ def test_the_file_and_the_table_hold_every_argument_of_the_installed_torch(targe
 
 @pytest.mark.parametrize("group", ["optimizer", "scheduler"])
 def test_an_experiment_takes_the_keys_of_any_option_and_no_others(group: str) -> None:
-    contents = [yaml.safe_load(path.read_text("utf-8")) for path in (CONF / group).glob("*.yaml")]
+    contents = [read_yaml(path) for path in (CONF / group).glob("*.yaml")]
     targets = [its["_target_"] for its in contents if "_target_" in its]
     is_open = any(  # a project's own option may take any key
         target not in TORCHS and not target.startswith(f"{lab_name()}.") for target in targets

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from running import skip_in_a_project
 
 from regrow.config.check import check_data
 from regrow.config.hydra_access import plain, version_arguments
@@ -23,6 +24,8 @@ CONF = Path(__file__).parents[2] / "conf" / "data"
 @pytest.fixture
 def make_data() -> Callable[..., Data]:
     def make(name: str, *overrides: str, seed: int = 0) -> Data:
+        if not (CONF / f"{name}.yaml").is_file():
+            skip_in_a_project(f"conf/data/{name}.yaml is not there")
         with initialize_config_dir(str(CONF), **version_arguments()):
             config = compose(name, overrides=list(overrides))
         root = OmegaConf.create({"seed": seed, "data": config})

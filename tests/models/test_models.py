@@ -8,39 +8,37 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from running import skip_in_a_project
 from torch import nn
 from torch.nn import functional
 
-from lab.models import vision
-from lab.models.cnn import CNN
 from lab.models.freezing import freeze
 from lab.models.initialisation import SCHEMES, apply, start_from_data
-from lab.models.mlp import MLP
-from lab.models.unet import UNet
-from lab.models.vision import fitting_patch, resnet, vit
-from lab.models.whitened_cnn import WhitenedCNN, largest
+from regrow.config.targets import locate
+from regrow.config.yaml_files import read_yaml
 from regrow.distributed.parallel import synchronise_batch_norm
 from regrow.errors import UserError
+from regrow.project import CONF
 
 torch.set_num_threads(1)
-FACTORIES: dict[str, Any] = {
-    "mlp": MLP, "cnn": CNN, "whitened_cnn": WhitenedCNN,
-    "resnet18": resnet, "resnet50": resnet, "vit": vit, "unet": UNet,
-}  # fmt: skip
 
 
-def options(name: str, input_shape: list[int], num_outputs: int = 3, **changed: Any) -> Any:
-    """The arguments that `conf/model/<name>.yaml` passes."""
-    text = (Path(__file__).parents[2] / f"conf/model/{name}.yaml").read_text()
-    node = {key: value for key, value in yaml.safe_load(text).items() if key != "_target_"}
+def shipped(name: str) -> dict[str, Any]:
+    """Return the content of `conf/model/<name>.yaml`."""
+    file = CONF / "model" / f"{name}.yaml"
+    if not file.is_file():
+        skip_in_a_project(f"conf/model/{name}.yaml is not there")
+    return read_yaml(file)
+
+
+def made(
+    name: str, input_shape: list[int], num_outputs: int = 3, *, seed: int = 0, **changed: Any
+) -> nn.Module:
+    node = shipped(name) | {"input_shape": input_shape, "num_outputs": num_outputs}
     small = {"width": 24, "depth": 2} if name == "vit" else {}
-    return node | {"input_shape": input_shape, "num_outputs": num_outputs} | small | changed
-
-
-def made(name: str, input_shape: list[int], num_outputs: int = 3, **changed: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = FACTORIES[name](**options(name, input_shape, num_outputs, **changed))
+    factory = locate(node.pop("_target_"), "model")
+    torch.manual_seed(seed)
+    model: nn.Module = factory(**node | small | changed)
     return model
 
 
@@ -82,8 +80,7 @@ def test_a_cnn_takes_rectangles(norm: str) -> None:
 def test_the_seed_alone_decides_the_weights(name: str, init: str) -> None:
     one, two = (made(name, [1, 8, 8], init=init).state_dict() for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    torch.manual_seed(1)
-    other = FACTORIES[name](**options(name, [1, 8, 8], init=init)).state_dict()
+    other = made(name, [1, 8, 8], seed=1, init=init).state_dict()
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
@@ -117,6 +114,9 @@ def test_all_but_filters_and_scales_of_a_whitened_cnn_learn(shape: list[int]) ->
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_the_largest_values_have_a_finite_gradient_when_compiled_in_bf16() -> None:
+    shipped("whitened_cnn")  # skips the test in a project without it
+    from lab.models.whitened_cnn import largest
+
     inputs = torch.randn(8, 4, 3, 3).bfloat16().requires_grad_()
     outputs = torch.compile(lambda values: largest(functional.gelu(values)))(inputs)
     outputs.sum().backward()
@@ -233,7 +233,8 @@ def test_a_zero_residual_starts_each_block_as_the_identity() -> None:
     ("size", "patch"), [(8, 2), (28, 4), (32, 4), (64, 8), (96, 8), (224, 16), (10, 2), (25, 5)]
 )
 def test_patches_fit_the_image(size: int, patch: int) -> None:
-    assert fitting_patch(size) == patch
+    model: Any = made("vit", [1, size, size])
+    assert model.patch_size == patch
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -365,7 +366,7 @@ def test_pretrained_weights_are_loaded_where_they_fit_and_the_rest_is_said(
     torch.manual_seed(7)
     found = resnet18().state_dict()
     torch.save(found, file)
-    with caplog.at_level("INFO", logger=vision.__name__):
+    with caplog.at_level("INFO", logger="lab.models.vision"):
         model = made("resnet18", [3, 32, 32], pretrained=True)
     own = model.state_dict()
     assert torch.equal(own["layer4.1.conv2.weight"], found["layer4.1.conv2.weight"])
