@@ -171,6 +171,10 @@ BAD = {
     "trainer.precision=fp8": "must be one of fp32, bf16, fp16.",
     "trainer.checkpoint.keep_lst=1": "Did you mean trainer.checkpoint.keep_last?",
     "trainer.max_epochs=null": "the run would never end",
+    "data.num_outputs=null": "data.num_outputs=null: model._target_=lab.models.mlp.MLP takes a num",
+    "data=diabetes task=regression data.num_outputs=null model.num_outputs=1": "lab.tasks.tasks.Re"
+    "gression takes a number. Set it, such as data.num_outputs=10.",
+    "data.target_kind=null data.num_classes=null": "data.num_classes=null: task._target_=lab.tasks",
     "trainer.monitor=train/loss": "must be a metric of a set that is measured during training",
     "task=regression": "Use task=multiclass.",
     "loss=mse": "loss=mse is for task=regression",
@@ -628,6 +632,12 @@ def test_an_option_that_does_not_build_on_the_base_is_told_how(
     assert done.returncode == 2 and says in done.stderr
     assert done.stderr.startswith(f"error: {option}=mine: D/{option}/mine.yaml lacks ")
     assert done.stderr.endswith(f" Begin the file with `defaults: [{base}, _self_]`.\n")
+
+
+def test_a_model_of_ones_own_may_take_null_for_the_number_of_outputs() -> None:
+    made = composed("data.num_outputs=null")
+    made.model = {"_target_": "collections.OrderedDict", "num_outputs": None}
+    check(made, made.hydra.runtime.choices)
 
 
 def test_a_metric_of_ones_own_task_may_be_no_node() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import statistics
 import sys
 import sysconfig
 from pathlib import Path
@@ -28,7 +29,7 @@ from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.sampling import permutation
 from regrow.project import ROOT
 from regrow.protocols import Lab
-from regrow.runs import first_calls
+from regrow.runs import first_calls, model_checks
 from regrow.runs.first_calls import explained
 
 TRAIN = ROOT / "scripts" / "train.py"
@@ -36,6 +37,8 @@ QUICK = ("trainer.max_steps=4", "trainer.device=cpu", "trainer.num_threads=1", "
 MODELS = """
 import torch
 from torch import nn
+
+from lab.tasks.tasks import Multiclass
 
 STEPS = []
 
@@ -120,6 +123,37 @@ class Optimizer(torch.optim.SGD):
 
 def splits(**given):
     return {}["train"]
+
+
+class Measured(Multiclass):
+    def __init__(self, fails, **given):
+        super().__init__(**given)
+        self.fails = fails
+
+    def check(self, outputs, targets):
+        pass
+
+    def metrics(self, device):
+        return Hits(self.fails)
+
+
+class Hits:
+    names = ("hits",)
+
+    def __init__(self, fails):
+        self.fails, self.sums = fails, []
+
+    def update(self, outputs, targets, weights=None):
+        if self.fails == "update":
+            self.sums.appendd(targets.sum())
+
+    def scalars(self):
+        if self.fails == "scalars":
+            return {"hits": total}
+        return {"hits": 1.0}
+
+    def details(self):
+        return {}
 """
 LINES = {text.strip(): number for number, text in enumerate(MODELS.splitlines(), 1)}
 FILES = {
@@ -135,6 +169,9 @@ FILES = {
     "loss/mine": "_target_: my_models.loss\n_partial_: true\n",
     "loss/roots": "_target_: my_models.roots\n_partial_: true\n",
     "optimizer/mine": "_target_: my_models.Optimizer\n_partial_: true\nlr: 0.5\n",
+    "task/measured": (
+        "defaults: [multiclass]\n_target_: my_models.Measured\nmonitor: val/hits\nfails: null\n"
+    ),
     "data/mine": "defaults: [digits]\nsource: {_target_: my_models.splits}\n",
 }
 
@@ -172,6 +209,7 @@ LINEAR = "Linear(in_features=9, out_features=10, bias=True)): "
 SEVEN = "Linear(in_features=7, out_features=10, bias=True)): "
 BODY = "nn.Conv2d(1, 6, 3, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten()"
 HEAD = "return self.head(self.body(x))  # the head"
+MEASURED = "model=small task=measured loss=cross_entropy trainer.mode=max"
 # Each command, and the parts of its line; {} is the folder of the module.
 SAID = {
     "model=small model.width=7": (
@@ -227,6 +265,14 @@ SAID = {
         "error: optimizer (my_models.Optimizer, {}my_models.py:",
         "): not 3.",
     ),
+    f"{MEASURED} task.fails=update": (
+        "error: {}" + at("self.sums.appendd(targets.sum())") + ", in update: self.sums.app",
+        "AttributeError: 'list' object has no attribute 'appendd'. The inputs had shape (180, ",
+    ),
+    f"{MEASURED} task.fails=scalars": (
+        "error: {}" + at('return {"hits": total}') + ', in scalars: return {"hits": total}: Name',
+        "the targets (180,).",
+    ),
     "model=small data=mine": (
         ".yaml:2: data.source (my_models.splits, {}"
         + at('return {}["train"]')
@@ -259,6 +305,101 @@ def test_an_error_in_ones_own_code_is_one_line_with_its_place(
     assert first.replace("{}my_m", f"{mine}/my_m") in line and later in line
     assert line.count("cannot be multiplied") <= 1 and "torch/nn" not in line
     assert [*tmp_path.iterdir()] == []
+
+
+class OwnMetrics:
+    """Metrics of one's own, whose `update` and `scalars` are the two functions."""
+
+    def __init__(self, update: Any, scalars: Any) -> None:
+        self.functions, self.calls = (update, scalars), ""
+
+    def update(self, outputs: torch.Tensor, targets: torch.Tensor, weights: None) -> None:
+        self.calls += "u"
+        assert not outputs.requires_grad
+        self.functions[0](outputs, targets)
+
+    def details(self) -> dict[str, Any]:
+        self.calls += "d"
+        return {}
+
+    def scalars(self) -> Any:
+        self.calls += "s"
+        return self.functions[1]()
+
+
+class OwnTask:
+    def __init__(self, update: Any, scalars: Any, *, shares: bool = False) -> None:
+        self.functions, self.made = (update, scalars), []
+        self.shares = shares
+
+    def metrics(self, device: torch.device) -> OwnMetrics:
+        if not (self.made and self.shares):
+            self.made.append(OwnMetrics(*self.functions))
+        return self.made[-1]
+
+
+def checked(task: Any, *, gathers: bool = True, count: int = 4) -> list[str]:
+    """Check the metrics with a batch; return what was called of each of them."""
+    model, weights = nn.Dropout(), None
+    batch = LoadedBatch(torch.ones(count, 3), torch.arange(count), weights, count, count, 0)
+    model_checks.check_metrics(model, task, batch, "fp32", gathers=gathers)
+    assert model.training and batch.targets.tolist() == [*range(count)]
+    return [each.calls for each in task.made]
+
+
+def unbound() -> float:
+    if len(OwnTask.__name__) == 0:
+        value = 1.0
+    return value
+
+
+def fine(*_: Any) -> None: ...
+
+
+WRONG = {  # in `update`, and in `scalars`
+    "a wrong name of a module": (lambda *_: nn.Identity().updat(), None),
+    "too many columns": (lambda outputs, _: outputs[:, 70], None),
+    "two sizes": (lambda outputs, targets: nn.functional.mse_loss(outputs, targets), None),
+    "a value for each row": (lambda outputs, _: float(outputs), None),
+    "a wrong name": (fine, lambda: totals),  # type: ignore[name-defined]  # noqa: F821
+    "a wrong type": (fine, lambda: 1 + "1"),  # type: ignore[operator]
+}
+OF_FEW = {
+    "one value in a library": (lambda *_: statistics.stdev([1.0]), None),
+    "a division by what is not predicted yet": (lambda *_: 1 / 0, None),
+    "a matrix of few rows": (lambda outputs, _: torch.linalg.cholesky(outputs[:3]), None),
+    "one value": (fine, lambda: statistics.stdev([1.0])),
+    "a division by a class's count": (fine, lambda: 1 / 0),
+    "no rows of a class": (fine, lambda: torch.stack([])),
+    "no best value yet": (fine, lambda: max([None], key=fine).item()),  # type: ignore[attr-defined]
+    "no value without a class": (fine, unbound),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_metrics_that_fail_with_any_batch_are_refused(name: str) -> None:
+    update, scalars = WRONG[name]
+    with pytest.raises(OwnCodeError, match=r"test_own_faults\.py:\d+, in <lambda>"), explained():
+        checked(OwnTask(update, scalars or fine))
+
+
+@pytest.mark.parametrize("name", OF_FEW)
+def test_metrics_that_fail_only_with_few_examples_are_not_refused(name: str) -> None:
+    update, scalars = OF_FEW[name]
+    assert "u" in checked(OwnTask(update, scalars or fine))[0]
+
+
+def test_a_check_of_metrics_leaves_nothing_behind() -> None:
+    def draws(outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        torch.rand(3)
+        targets.zero_()
+
+    before = torch.get_rng_state()
+    assert checked(OwnTask(draws, fine)) == ["uds", ""]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert checked(OwnTask(draws, fine), gathers=False) == ["u", ""]  # others would be waited for
+    assert checked(OwnTask(draws, fine, shares=True)) == [""]  # a later evaluation's own
+    assert checked(OwnTask(draws, fine), count=1) == [""]
 
 
 @pytest.mark.slow

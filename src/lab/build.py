@@ -28,6 +28,7 @@ from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
 from lab.step import train_step
 from lab.tasks.losses import BALANCED
+from lab.tasks.metrics import Metrics
 from regrow.config.targets import call_failed, instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
 from regrow.distributed.parallel import (
@@ -307,6 +308,11 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     if world.is_main and not options.find_faults:  # otherwise the watched steps report them
         for line in odd:
             log.warning("%s", line)
+    is_measured = bool(objects.sets or objects.data.final)
+    # The shipped ones would import torchmetrics, and `task.check` rehearses what is added to them.
+    if is_measured and type(objects.task.metrics(world.device)) is not Metrics:
+        what = (model, objects.task, first, options.precision)
+        model_checks.check_metrics(*what, gathers=world.size == 1)
     if getattr(objects.data, "mixing", None) is not None:
         soft = objects.data.as_trained(first)
         model_checks.check_soft_targets(model, objects.task, soft, options.precision)

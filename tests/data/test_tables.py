@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +125,26 @@ def test_a_broken_line_is_named(make_data: Make, folder: Path, line: str, messag
         make_data(*arguments(folder, "binary", "even", 1, 2, "source.feature_columns=[x,y]"))
     assert f"{folder / 'rows.csv'}, " in str(caught.value) and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (gzip.compress(b"x,y"), "rows.csv: compressed (gzip). Unpack it."),
+        (lzma.compress(b"x,y"), "rows.csv: compressed (xz). Unpack it."),
+        (bz2.compress(b"x,y"), "rows.csv: compressed (bzip2). Unpack it."),
+        (b"\x28\xb5\x2f\xfd\x04", "rows.csv: compressed (zstd). Unpack it."),
+        (b"PK\x03\x04\x14\x00\xff", "rows.csv: compressed (zip). Unpack it."),
+        (b"BZh\xe4user,y", "rows.csv, after line 0: not UTF-8 (invalid continuation byte)."),
+    ],
+    ids=["gzip", "xz", "bzip2", "zstd", "zip", "latin1"],
+)
+def test_a_compressed_table_is_not_called_wrong_text(
+    make_data: Make, folder: Path, start: bytes, message: str
+) -> None:
+    (folder / "rows.csv").write_bytes(start)
+    with pytest.raises(DataError, match=re.escape(message)):
+        make_data(*arguments(folder, "binary", "even", 1, 2, "source.feature_columns=[x,y]"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -442,6 +443,9 @@ def test_a_mistake_in_the_options_is_one_line(
 def test_broken_text_is_named(of: Any, root: Path) -> None:
     (root / "2.txt").write_bytes(b"good\nb\xe4d\n")
     with pytest.raises(DataError, match=r"2\.txt, byte 6: not UTF-8"):
+        of()
+    (root / "2.txt").write_bytes(gzip.compress(b"good"))
+    with pytest.raises(DataError, match=r"2\.txt: compressed \(gzip\)\. Unpack it\."):
         of()
     (root / "2.txt").write_bytes((root / "0.txt").read_bytes())
     for path in root.glob("[1345].txt"):

@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from lab.tasks import metrics
 from lab.tasks.metrics import Metrics, language_metrics, regression_metrics
 from regrow.config.roles import check_roles
+from regrow.config.targets import allow, instantiate
 from regrow.errors import UserError
 from regrow.feeding.tokens import IGNORED
 from regrow.numerics import extra
@@ -339,6 +340,21 @@ def test_a_foreign_run_may_name_only_metrics_that_compute(tmp_path: Path) -> Non
     for target in ("torchmetrics.text.BLEUScore", "torchmetrics.MetricCollection", "os.system"):
         with pytest.raises(UserError, match=rf"m._target_={target}, which no file in conf/task"):
             check(target)
+
+
+def test_a_metric_of_all_rows_is_made_without_a_warning() -> None:
+    """The run prints none, and neither does a command that builds its task again."""
+    node = {"_target_": "torchmetrics.SpearmanCorrCoef"}
+    allow(node)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(instantiate(node), torchmetrics.SpearmanCorrCoef)
+    with pytest.warns(UserWarning, match="will save all targets"):
+        torchmetrics.SpearmanCorrCoef()
+    other = {"_target_": "warnings.warn", "message": "Metric `a` will save all in the buffer"}
+    allow(other)
+    with pytest.warns(UserWarning, match="will save all"):  # only torchmetrics' own is dropped
+        instantiate(other)
 
 
 def test_a_constant_target_costs_no_error() -> None:

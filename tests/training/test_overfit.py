@@ -243,6 +243,30 @@ def test_a_loss_that_is_not_finite_is_not_reached_and_named(value: float) -> Non
     assert last.startswith("try: debug=anomaly")
 
 
+@pytest.mark.parametrize(
+    ("change", "why", "draws"),
+    [
+        (lambda out: (out, out), "the outputs or the targets are not one tensor.", False),
+        (lambda out: (out, torch.randn_like(out)), "the outputs or the targets are not", True),
+        (lambda out: out.int(), "not reached. The loss", False),
+        (lambda out: out + torch.randn_like(out), "not reached. The loss", True),
+    ],
+)
+def test_an_unknown_least_loss_and_noise_of_the_model_are_told_apart(
+    change: Any, why: str, draws: bool
+) -> None:
+    config = config_of(*TINY, "debug=overfit")
+    allow(config)
+    objects = training.build(config, CPU)
+    objects.state.model.register_forward_hook(lambda model, inputs, outputs: change(outputs))
+    before = torch.get_rng_state()
+    verdict = overfitting.judge(objects, objects.train, [3.0])
+    assert torch.equal(torch.get_rng_state(), before)
+    first, *others = overfitting.lines(verdict, [], [3.0], 300)
+    assert why in first and "minimise" not in first
+    assert any("it draws random numbers in evaluation mode" in line for line in others) == draws
+
+
 def test_a_resume_after_the_last_step_is_judged_by_all_steps() -> None:
     verdict = Verdict(False, 2.0, 0.0, 2.2, math.nan)
     first, _, last = overfitting.lines(verdict, [], [], 300)

@@ -196,7 +196,8 @@ def _check_resume(resume: object, typed: Sequence[str]) -> None:
 def check_values(values: Mapping[str, Config]) -> None:
     """Raise UserError for values out of range, or that do not fit each other.
 
-    For a composed config that a notebook may have changed since its check. Imports no target.
+    For a composed config that a notebook may have changed since its check. Imports no target,
+    except a class of the lab that got a null.
     """
     check_ranges(values)
     _check_combinations(values)
@@ -497,6 +498,8 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
                 f"data.input_shape=null: {path}._target_={node.get('_target_')} takes a shape. "
                 "Set it, such as data.input_shape='[3,64,64]'."
             )
+    for path in ("model", "task"):
+        _refuse_null_numbers(path, values[path], data)
     source = data["source"]
     if isinstance(source, Mapping) and source.get("root", "") is None:
         raise UserError("data.root must be given: add data.root=…")
@@ -532,6 +535,21 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         monitor.refuse_without(values)
     else:
         monitor.refuse_unmeasured("trainer.monitor", str(trainer["monitor"]), data)
+
+
+def _refuse_null_numbers(path: str, node: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raise UserError for null where a class of the lab takes a number of the data's."""
+    target = str(node.get("_target_", ""))
+    nulls = [key for key in ("num_outputs", "num_classes") if node.get(key, ...) is None]
+    if nulls and target.startswith(f"{lab_name()}."):
+        parameters = parameters_of(target, path) or {}
+        for key in nulls:
+            if key in parameters and parameters[key].annotation in (int, "int"):
+                of = "data" if data.get(key) is None else path
+                raise UserError(
+                    f"{of}.{key}=null: {path}._target_={target} takes a number. Set it, such as "
+                    f"{of}.{key}=10."
+                )
 
 
 def _is_shipped(task: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -10,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -271,7 +273,8 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "")
     if node.get("_partial_") and not arguments:
         return functools.partial(target, *positional, **given)
     try:
-        return target(*positional, **{**given, **arguments})
+        with _without_note(target):
+            return target(*positional, **{**given, **arguments})
     except Exception as error:
         if isinstance(error, UserError) or machine_fault(error) is not None:
             raise
@@ -279,6 +282,20 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "")
         if arguments and own_place(error, named_packages()) is None:
             raise
         raise _Raised(str(node["_target_"]), given) from error
+
+
+@contextlib.contextmanager
+def _without_note(target: Any) -> Iterator[None]:
+    """Drop torchmetrics' note that a metric, such as a rank correlation, keeps all rows.
+
+    Each command that builds the run's task would print it again, with a line of torchmetrics.
+    """
+    if not str(getattr(target, "__module__", "")).startswith("torchmetrics."):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric .* will save all .* in the buffer", UserWarning)
+        yield
 
 
 def _way_out(said: str, node: Mapping[str, Any], paths: Collection[str]) -> str:

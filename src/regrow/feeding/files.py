@@ -7,6 +7,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import stat
 import time
 import zlib
@@ -30,6 +31,13 @@ CHUNK = 1 << 20
 NUM_READERS = 4  # threads that read contents; hashing releases the GIL
 ANNOUNCED_BYTES = 1 << 30  # log before reading more than this, which takes seconds
 YOUNG_NS = 2_000_000_000  # a file changed more recently may change again in the same clock tick
+COMPRESSED = {  # first bytes
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "zip": re.compile(rb"PK\x03\x04"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
+}
 
 log = logging.getLogger("regrow.data")
 
@@ -120,6 +128,16 @@ def shown(path: str | Path) -> str:
     """Return the path on one line, even if its bytes are not UTF-8 or it contains a newline."""
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def not_utf8(path: Path, where: str, reason: str, fix: str) -> DataError:
+    """Return the error for a file that is not UTF-8 at the place `where`, or is compressed."""
+    with path.open("rb") as file:
+        start = file.read(10)
+    for name, first in COMPRESSED.items():
+        if first.match(start):
+            return DataError(f"{shown(path)}: compressed ({name}). Unpack it.")
+    return DataError(f"{shown(path)}, {where}: not UTF-8 ({reason}). {fix}")
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError | OSError:

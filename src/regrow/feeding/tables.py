@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regrow.config.rules import require
 from regrow.errors import DataError, UserError, listed
+from regrow.feeding.files import not_utf8
 from regrow.feeding.splits import (
     Examples,
     Splits,
@@ -182,10 +183,8 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             except csv_format.Error as error:
                 raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, after line {reader.line_num}: not UTF-8 ({error.reason}). "
-                    "Save the file as UTF-8."
-                ) from None
+                where = f"after line {reader.line_num}"
+                raise not_utf8(path, where, error.reason, "Save the file as UTF-8.") from None
     except OSError as error:
         way_out = "Make it readable."
         if error.errno == errno.ENOENT:

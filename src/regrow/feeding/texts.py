@@ -25,6 +25,7 @@ from regrow.feeding.files import (
     contents_of,
     find_files,
     is_folder,
+    not_utf8,
     shown,
     unreadable,
 )
@@ -81,10 +82,9 @@ class Document:
                     try:
                         yield block.decode()
                     except UnicodeDecodeError as error:
-                        raise DataError(
-                            f"{shown(self.file)}, byte {at + error.start}: not UTF-8 "
-                            f"({error.reason}). Convert the file, or move it out of data.root."
-                        ) from None
+                        fix = "Convert the file, or move it out of data.root."
+                        where = f"byte {at + error.start}"
+                        raise not_utf8(Path(self.file), where, error.reason, fix) from None
                     at += len(block)
         except OSError as error:
             raise unreadable(self.file, error) from None

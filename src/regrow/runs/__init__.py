@@ -11,8 +11,8 @@ inference: changed_split, draws_of, evaluate, other_draws, predict, predict_mask
 launch: launch
 loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device
-model_checks: check, check_first_batch, check_forward, check_one_example, check_soft_targets,
-    check_types, check_what_fits, described, has_lazy_parts, materialise
+model_checks: check, check_first_batch, check_forward, check_metrics, check_one_example,
+    check_soft_targets, check_types, check_what_fits, described, has_lazy_parts, materialise
 predictions: Glance, kind_of, Predictions
 training: build
 trial: open_storage, STORAGE, STUDY

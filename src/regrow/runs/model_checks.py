@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from regrow.config.own_code import owner_of, places_of
+from regrow.config.targets import named_packages
 from regrow.errors import UserError, brief
 from regrow.feeding.batch import each, parts_of
 from regrow.numerics.buffers import Buffers, caches
@@ -61,6 +64,63 @@ def check_what_fits(
                     "model or input, trainer.precision=bf16, or a device with more memory."
                 ) from None  # from `error`, it would be told as a fault of the machine
         batch = batch.split(2)[0]  # not above: the error's traceback holds the graph
+
+
+@torch.no_grad()
+def check_metrics(
+    model: nn.Module, task: Task, batch: Batch, precision: str, *, gathers: bool
+) -> None:
+    """Measure one batch, as an evaluation does, so that a task's own metrics fail before training.
+
+    Lets through errors that a whole set or a trained model may not give. Without `gathers` it only
+    counts the batch, because `scalars` may wait for the other processes.
+    """
+    device = parts_of(batch.targets)[0].device
+    with states_kept():
+        model.eval()
+        try:
+            with buffers_kept(model), autocast(device, precision):
+                outputs = call(model, batch.inputs)
+        finally:
+            model.train()
+        metrics = task.metrics(device)
+        if batch.num_local < 2 or metrics is task.metrics(device):  # the same would keep the batch
+            return
+        targets = each(batch.targets, Tensor.clone)  # the data's own memory must stay as it is
+        is_update = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a batch may lack a class
+            try:
+                metrics.update(outputs, targets, batch.weights)
+                is_update = False
+                if gathers:
+                    metrics.details()
+                    metrics.scalars()
+            except Exception as error:
+                if (_is_of_update if is_update else _is_of_the_code)(error):
+                    raise
+
+
+def _is_of_the_code(error: Exception) -> bool:
+    """Return True if no other examples would avoid the error, as with a wrong name."""
+    kinds = AttributeError | ImportError | NameError | NotImplementedError | TypeError
+    # Some code gives a name its value only if a batch has, say, both classes.
+    of_one_batch = isinstance(error, UnboundLocalError) or "NoneType" in str(error)
+    return isinstance(error, kinds) and not of_one_batch
+
+
+def _is_of_update(error: Exception) -> bool:
+    """Return True if the evaluation's `update` would fail like this one, with the same batch.
+
+    An untrained model may cause numbers without a result, and few examples or one class what
+    libraries such as scikit-learn refuse.
+    """
+    if isinstance(error, ArithmeticError | torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return False
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return False
+    raised_in = owner_of(next(places_of(error)).file, frozenset(named_packages()))
+    return raised_in == "own" or not isinstance(error, ValueError | LookupError)
 
 
 def check_soft_targets(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:
@@ -216,7 +276,7 @@ def check_forward(
     """
     if batch.num_local < 2:  # BatchNorm may refuse one example
         return []
-    warnings = []
+    odd = []
     # With few examples, an expert of several may see none.
     few = batch if needs_all else _few(batch)
     with buffers_kept(model, averaged), autocast(parts_of(batch.targets)[0].device, precision):
@@ -243,7 +303,7 @@ def check_forward(
                     "resumed run would differ. Keep nothing of one batch for the next one."
                 )
             if depends:
-                warnings.append(
+                odd.append(
                     f"model: forward changes {attribute}, and the outputs for the same inputs with "
                     "it. A checkpoint does not hold it, so a resumed run would differ. Register it "
                     "as a buffer."
@@ -259,7 +319,7 @@ def check_forward(
             _check_leaves(model, leaves, names, needs_all)
         if averaged is not None and not is_sharded:
             _check_copy(averaged, few, names)
-    return warnings
+    return odd
 
 
 def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ from regrow.feeding.batch import parts_of
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.protocols import Batch, Objects, TrainBatches
-from regrow.randomness import states_kept
+from regrow.randomness import Draws, states_kept
 from regrow.runs.fault_checks import mean_loss
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ class Verdict(NamedTuple):
     least: float  # that any outputs could have for these inputs and targets
     constant: float  # of the best answer that is the same for all examples
     trained: float  # of the last step, in training mode
+    why: str = ""  # the loss cannot tell
+    draws: bool = False  # the model, in evaluation mode too
 
     @property
     def constant_suffices(self) -> bool:
@@ -59,30 +61,38 @@ def judge(objects: Objects, train: TrainBatches, losses: Sequence[float]) -> Ver
     state, task = objects.state, objects.task
     trained = losses[-1] if losses else math.nan
     nothing = Verdict(None, math.nan, math.nan, math.nan, trained)
-    if state.evaluates:  # one of several models: the step minimises more than the task's loss
-        return nothing
+    if state.evaluates:  # one of several models
+        return nothing._replace(why="the step minimises more than the task's loss")
     model, training = state.model, state.model.training
     sums = [0.0, 0.0, 0.0]
     count = 0
+    draws = Draws(0, "overfit", state.step, 0, watch=True)
     with states_kept():
-        for batch in train.epoch(0):
+        for number, batch in enumerate(train.epoch(0)):
+            draws.begin(number)
             with torch.no_grad(), autocast(_device(batch), objects.options.precision):
                 few, outputs = _outputs(model.eval(), batch, state.progress.num_micro_batches)
+            draws.look()
+            nothing = nothing._replace(draws=draws.drawn)
             found = _of_batch(task, outputs, few)
             if found is None:
-                return nothing
+                is_one = isinstance(outputs, Tensor) and isinstance(few.targets, Tensor)
+                several = "the outputs or the targets are not one tensor"
+                why = "the task's loss gives the outputs no gradient" if is_one else several
+                return nothing._replace(why=why)
             if not math.isfinite(found[0]):
                 return nothing._replace(reached=False, loss=found[0])
             sums = [one + few.num_local * other for one, other in zip(sums, found, strict=True)]
             count += few.num_local
     model.train(training)
     loss, least, constant = (each / count for each in sums)
-    verdict = Verdict(None, loss, least, constant, trained)
+    verdict = Verdict(None, loss, least, constant, trained, draws=draws.drawn)
     if constant - least > NO_WAY * max(1.0, abs(constant)):
         return verdict._replace(reached=verdict.part <= NEAR)
     # A loss that is zero whatever the outputs are, as that of embeddings, tells nothing.
     is_close = constant != 0 and loss - least < CLOSE
-    return verdict._replace(reached=True) if is_close else verdict
+    zero = "a constant answer has a loss of zero"
+    return verdict._replace(reached=True) if is_close else verdict._replace(why=zero)
 
 
 def _device(batch: Batch) -> torch.device:
@@ -234,11 +244,14 @@ def lines(
     `steps` are those of the run, `losses` those of this process: a resumed one has fewer. `frozen`
     are lines that matter only if the least loss was not reached.
     """
+    noise = ["model: it draws random numbers in evaluation mode too, which may keep the loss up."]
+    noise = noise if verdict.draws else []
     if verdict.reached is None and not verdict.constant_suffices:
         return [
             f"debug=overfit: the step's loss is {verdict.trained:.4g} after {steps} steps. Its "
-            "least value is unknown, as the step does not minimise the task's loss alone.",
+            f"least value is unknown, as {verdict.why}.",
             *fired(faults),
+            *noise,
         ]
     if not math.isfinite(verdict.loss):
         return [
@@ -266,6 +279,7 @@ def lines(
         f"debug=overfit: not reached. {of[0].upper()}{of[1:]}.",
         *(fired(faults) or ["checks: none of them fired."]),
         *frozen,
+        *noise,
         f"try: {advice(verdict, faults, losses, steps)}",
     ]
 
