@@ -251,7 +251,9 @@ class Preprocessing:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            reason = brief(error, 200).partition(". ")[0].rstrip(".")  # not how to load a pickle
+            reason = brief(error, 200).partition(". ")[0].rstrip(".")
+            if "pickle" in reason:  # numpy's words for any file without an array's first bytes
+                reason = "it does not begin as an array"
             raise DataError(f"{path} is not a readable array: {reason}.") from None
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
             raise DataError(f"{path} holds no plain numbers. Save one numeric array with np.save.")

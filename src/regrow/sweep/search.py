@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -408,9 +409,11 @@ def sampler_of(options: Search, trials: int) -> Any:
     """
     seed = (options.seed * 1_000_003 + trials) % 2**32
     if options.sampler == "tpe":
-        return optuna.samplers.TPESampler(
-            seed=seed, multivariate=options.multivariate, constant_liar=True
-        )
+        with warnings.catch_warnings():  # Optuna 4 calls both options experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=options.multivariate, constant_liar=True
+            )
     if options.sampler == "nsgaii":
         return optuna.samplers.NSGAIISampler(seed=seed)
     return optuna.samplers.RandomSampler(seed=seed)  # a grid only enqueues, never asks
