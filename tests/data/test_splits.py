@@ -217,14 +217,13 @@ def test_few_distinct_rows_make_odd_splits_with_a_word_and_even_ones_apart(
         "split test has 143 of 1000 examples instead of 200: data.source.test_fraction=0.2 of 7 "
         "distinct examples. Equal examples stay in one split"
     )
-    assert "data.overlap=ignore" in caplog.messages[-1]
     caplog.clear()
-    found = cut(keys, np.zeros(1000), **whole, binds_equal=False)
+    found = cut(keys, np.zeros(1000), **whole, keeps_equal_together=False)
     assert [len(split) for split in found if split is not None] == [700, 100, 200]
     groups = [number // 10 for number in range(1000)]  # each holds all kinds of rows
-    with pytest.raises(DataError, match=r"of 1 group\. .* split them one by one: data\.overlap=ig"):
-        cut(keys, np.zeros(1000), **whole, groups=groups)
-    found = cut(keys, np.zeros(1000), **whole, groups=groups, binds_equal=False)
+    with pytest.raises(DataError, match=r"of 1 group\. .* and so do their groups\. Do this\.$"):
+        cut(keys, np.zeros(1000), **whole, groups=groups, way_apart="Do this.")
+    found = cut(keys, np.zeros(1000), **whole, groups=groups, keeps_equal_together=False)
     assert [len(split) for split in found if split is not None] == [700, 100, 200]
     held = [{groups[index] for index in split.tolist()} for split in found if split is not None]
     assert sum(map(len, held)) == 100  # no group is in two splits
@@ -232,13 +231,15 @@ def test_few_distinct_rows_make_odd_splits_with_a_word_and_even_ones_apart(
 
 
 def test_equal_rows_of_a_table_are_split_one_by_one_where_an_overlap_is_ignored(
-    make_data: Make, tmp_path: Path
+    make_data: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [f"{number % 3},{number % 4},{number % 5}" for number in range(500)]
+    rows = [f"{number % 3},{number % 2},{number % 5}" for number in range(500)]
     (tmp_path / "few.csv").write_text("\n".join(["a,b,y", *rows]))
     given = (f"source.train_file={tmp_path}/few.csv", "source.target_columns=[y]")
     given += ("input_shape=[2]", "target_kind=multiclass", "num_classes=5", "num_outputs=5")
-    together, apart = make_data("csv", *given), make_data("csv", *given, "overlap=ignore")
+    together = make_data("csv", *given)
+    assert caplog.messages[-1].endswith("add data.overlap=ignore, which splits them one by one.")
+    apart = make_data("csv", *given, "overlap=ignore")
     assert together.num_examples != {"train": 350, "val": 50, "test": 100}
     assert apart.num_examples == {"train": 350, "val": 50, "test": 100}
 

@@ -406,7 +406,11 @@ def test_steps_of_nine_digits_are_the_newest_and_are_rotated(
         writer.rotate(tmp_path, OPTIONS, None, written=step)
         assert (tmp_path / "last").resolve().name == f"step_{step}"
     assert {path.name for path in tmp_path.glob("step_*")} == {"step_100000001", "step_100000002"}
+    newest = CheckpointWriter(tmp_path, OPTIONS, None).newest_until
+    assert newest(10**9) == "step_100000002" and newest(100_000_001) == "step_100000001"
     (tmp_path / "step_100000002" / "model.pt").write_bytes(b"")
+    for foreign in ("step_0000000100", "step_\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668"):
+        (tmp_path / foreign).mkdir()
     loaded = writer.load_newest(tmp_path)
     assert loaded is not None and loaded[1]["step"] == 100_000_001
     assert (tmp_path / "damaged_step_100000002").is_dir()

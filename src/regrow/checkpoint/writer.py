@@ -160,7 +160,8 @@ class CheckpointWriter:
         """Return the name of the newest complete checkpoint up to and including `step`, if any."""
         self.wait()
         found = complete(self.folder).items()
-        return max((path.name for path, facts in found if facts["step"] <= step), default=None)
+        names = [path.name for path, facts in found if facts["step"] <= step]
+        return names[-1] if names else None
 
     @phased("checkpoint")
     def wait(self) -> bool:
@@ -330,8 +331,11 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, writte
 
 
 def folders_in(folder: Path, prefix: str = "") -> list[Path]:
-    """Return the checkpoints' folders, oldest first. From step 100,000,000 on, names are longer."""
-    name = re.compile(rf"{re.escape(prefix)}step_\d{{8,}}")
+    """Return the checkpoints' folders, oldest first.
+
+    Names have nine digits from step 100,000,000 on, so they do not sort as text.
+    """
+    name = re.compile(rf"{re.escape(prefix)}step_([0-9]{{8}}|[1-9][0-9]{{8,}})")
     found = [path for path in folder.glob(f"{prefix}step_*") if name.fullmatch(path.name)]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 

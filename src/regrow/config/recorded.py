@@ -99,8 +99,8 @@ def refuse_other_folder(folder: Path, given: Path | None = None) -> None:
     if not holds_run(folder):
         if (folder / "sweep.json").is_file():
             raise UserError(
-                f"run={given or folder}: not a run's folder (it is a sweep's). Give one of its "
-                f"runs, such as {given or folder}/0; its table and sweep.html name the best one."
+                f"run={given or folder}: not a run's folder (it is a sweep's folder). Give one of "
+                f"its runs, such as {given or folder}/0; its table and sweep.html name the best."
             )
         what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
         raise UserError(

@@ -12,7 +12,6 @@ from typing import Any
 
 from regrow.config import command_line, older
 from regrow.config.command_line import key_of, typed
-from regrow.config.leads import shown
 from regrow.config.recorded import holds_run, recorded_config, recorded_overrides
 from regrow.dotted import Checked, Config, leaves, matches
 from regrow.errors import UserError
@@ -141,16 +140,17 @@ def _refuse_changes(
     by_name: bool,
 ) -> None:
     """Raise UserError for changed keys that are neither in `MAY_CHANGE` nor `named`; log others."""
-    refused, named_so = [], []
+    refused, named_so, has_new = [], [], False
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
             continue
         if matches(key, MAY_CHANGE):
-            log.info("changed: %s from %s to %s", key, shown(old), shown(new))
+            log.info("changed: %s from %s to %s", key, _shown(old), _shown(new))
         elif any(key == name or key.startswith(f"{name}.") for name in named):
-            log.warning("changed by name: %s from %s to %s", key, shown(old), shown(new))
+            log.warning("changed by name: %s from %s to %s", key, _shown(old), _shown(new))
         else:
-            refused.append(f"{key} was {shown(old)} and would be {shown(new)}")
+            refused.append(f"{key} was {_shown(old)} and would be {_shown(new)}")
+            has_new = has_new or old is ABSENT
             if new is not ABSENT:
                 named_so.append(older.as_override(key, new))
     if refused:
@@ -162,7 +162,7 @@ def _refuse_changes(
             + command_line.shell([f"resume={folder}"])
             + " with the keys to change."
         )
-        if any(" was absent and " in line for line in refused):
+        if has_new:
             way_out = f"If you added a key, give it a row in {lab_name()}.added. {way_out}"
         raise UserError(
             f"{folder} holds a run with another config: {'; '.join(refused)}. {way_out}"
@@ -252,9 +252,9 @@ def is_done(folder: Path, config: Checked) -> bool:
     if ended and any(limit in changed for limit in LIMITS):
         key, more = next(iter(ended.items()))
         value = leaves(config)[key]
-        was = (
-            f" was {shown(changed[key][0])} and would be {value}" if key in changed else f"={value}"
-        )
+        was = f"={value}"
+        if key in changed:
+            was = f" was {_shown(changed[key][0])} and would be {value}"
         raise UserError(
             f"{folder} is complete: {key}{was}, and at step {summary['steps']} that is reached. "
             f"To resume, raise it: {key}={more}"
@@ -296,6 +296,11 @@ def differences(old: Mapping[str, Config], new: Mapping[str, Config]) -> dict[st
         key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in sorted({*before, *after})
     }
     return {key: (a, b) for key, (a, b) in both.items() if not _equal(a, b)}
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it would be typed, which tells a text from a number or null."""
+    return str(value) if value is ABSENT else older.as_override("", value)[1:]
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -27,11 +27,8 @@ LIKE_SPLITS = re.compile(  # how a folder's name begins
 )
 log = logging.getLogger("regrow.data")
 
-FAR, LEAST_FAR = 0.25, 10  # of a split's size from what was asked, relative and in examples
-APART = (
-    " Equal examples stay in one split, with all of their groups. If equal rows of a table are "
-    "different cases, split them one by one: data.overlap=ignore"
-)
+# How far a split's size may be from what was asked without a warning: relative, and in examples.
+TOLERANCE, LEAST_TOLERANCE = 0.25, 10
 
 
 class MapStyle(Protocol):
@@ -301,19 +298,21 @@ def cut(
     folds: int | None = None,
     fold: int = 0,
     groups: Sequence[Hashable] | None = None,
-    binds_equal: bool = True,
+    keeps_equal_together: bool = True,
+    way_apart: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the indices of train, val and test, stratified; a fraction of 0 gives None.
 
     With `folds`, the test set is fold `fold` of `folds` equal folds; `test_fraction` is ignored.
     Examples of one of the `groups` always land in the same split, and so do those with equal keys
-    (true duplicates) if `binds_equal`. Warns if a split's size is then far from what was asked.
+    (true duplicates) if `keeps_equal_together`. Warns if a split's size is then far from what was
+    asked; `way_apart` says what splits them one by one.
     The test split depends only on the data, `seed` and `test_fraction` or `folds`, not on
     `val_fraction`. Raises UserError for fractions, DataError for a split that would be empty.
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
     test_share = test_fraction if folds is None else 1 / folds
-    keys = keys if binds_equal else range(len(keys))
+    keys = keys if keeps_equal_together else range(len(keys))
     unit = _numbered(keys) if groups is None else _bound_together(keys, groups)
 
     def choose(within: npt.NDArray[np.int64], share: float, name: str) -> npt.NDArray[np.bool_]:
@@ -356,7 +355,10 @@ def cut(
     kind = "distinct example" if groups is None else "group"
     kinds = f"{len(first_in_unit)} {kind}{'s' * (len(first_in_unit) > 1)}"
     given = len(keys) if groups is None else len(set(groups))
-    joins = len(first_in_unit) < given
+    together = ""
+    if len(first_in_unit) < (1 - TOLERANCE) * given:
+        theirs = ", and so do their groups" if groups is not None else ""
+        together = f" Equal examples stay in one split{theirs}. {way_apart or ''}".rstrip()
 
     def indices(name: str, chosen: npt.NDArray[np.bool_], fraction: float) -> Tensor | None:
         found = torch.from_numpy(np.flatnonzero(chosen[unit]))
@@ -367,12 +369,12 @@ def cut(
                 way_out = "Let val and test take less, or add data."
             elif name == "test" and folds is not None:
                 way_out = "Use fewer."
-            raise DataError(f"split {name} is empty: {asked} of {kinds}. {way_out}{APART * joins}")
+            raise DataError(f"split {name} is empty: {asked} of {kinds}. {way_out}{together}")
         wanted = fraction * len(unit)
-        if name != "train" and abs(len(found) - wanted) > max(FAR * wanted, LEAST_FAR):
+        if name != "train" and abs(len(found) - wanted) > max(TOLERANCE * wanted, LEAST_TOLERANCE):
             log.warning(
                 "split %s has %d of %d examples instead of %.0f: %s of %s.%s",
-                *(name, len(found), len(unit), wanted, asked, kinds, APART * joins),
+                *(name, len(found), len(unit), wanted, asked, kinds, together),
             )
         return found if fraction > 0 else None
 
@@ -502,7 +504,8 @@ def cut_examples(
     folds: int | None = None,
     fold: int = 0,
     strata: npt.NDArray[Any] | None = None,
-    binds_equal: bool = True,
+    keeps_equal_together: bool = True,
+    way_apart: str | None = None,
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """Split examples into train, val and test, with `cut`.
 
@@ -519,7 +522,8 @@ def cut_examples(
         folds=folds,
         fold=fold,
         groups=examples.groups,
-        binds_equal=binds_equal,
+        keeps_equal_together=keeps_equal_together,
+        way_apart=way_apart,
     )
     return (
         examples.subset(train),

@@ -31,6 +31,9 @@ from regrow.feeding.splits import (
 
 log = logging.getLogger("regrow.data")
 
+WAY_APART = (
+    "If equal rows are different cases, add data.overlap=ignore, which splits them one by one."
+)
 TRUTHS = {"true": 1.0, "false": 0.0}  # as pandas and spreadsheets write them, in any case
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -299,7 +302,8 @@ def csv(
         seed=seed,
         folds=folds,
         fold=fold,
-        binds_equal=overlap != "ignore",
+        keeps_equal_together=overlap != "ignore",
+        way_apart=WAY_APART,
     )
     return Splits(
         train,
