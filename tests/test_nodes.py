@@ -73,9 +73,13 @@ def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
     """Return keys that the target does not take, and parameters of our own targets without a key
     or with a default: defaults belong in YAML only.
     """
-    parameters = inspect.signature(found(node["_target_"], path)).parameters
+    function = found(node["_target_"], path)
+    parameters = inspect.signature(function).parameters
     keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    # The configs of transformers pass on to __post_init__ what __init__ does not name.
+    later = getattr(function, "__post_init__", None)
+    of_later = inspect.signature(later).parameters if later else {}
+    if any(p.kind is p.VAR_KEYWORD for p in (*parameters.values(), *of_later.values())):
         return set()
     if not node["_target_"].startswith(("regrow.", f"{lab_name()}.")):
         ours = {"interval"} if path == "scheduler" and "optimizer" in parameters else set()
