@@ -8,6 +8,7 @@ Arguments select entries by a part of their promise.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,17 +20,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.yaml"
-COPIED = (
-    "src",
-    "conf",
-    "schemas",
-    ".vscode",
-    "scripts",
-    "tests",
-    "docs",
-    "pyproject.toml",
-    "README.md",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +71,17 @@ def verdict(mutation: Mutation, root: Path) -> str:
     return "SURVIVED" if code == 0 else f"its tests could not run: exit code {code}"
 
 
+def copy_tree(root: Path) -> None:
+    """Copy the working tree, without ignored files, as a repository: some tests copy it again."""
+    listed = ["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"]
+    names = subprocess.run(listed, check=True, capture_output=True).stdout
+    for name in filter(None, os.fsdecode(names).split("\0")):
+        if (ROOT / name).is_file():  # not one that was deleted
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    subprocess.run(["git", "-C", root, "init", "-q"], check=True)
+
+
 def main(words: list[str]) -> int:
     chosen = [m for m in mutations() if not words or any(word in m.promise for word in words)]
     if not chosen:
@@ -88,12 +89,7 @@ def main(words: list[str]) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         root = Path(folder)
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                ignored = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(ROOT / name, root / name, ignore=ignored)
-            elif (ROOT / name).exists():
-                shutil.copy(ROOT / name, root / name)
+        copy_tree(root)
         # The unchanged code must pass, or a failure would prove nothing.
         tests = sorted({test for m in chosen for test in m.tests})
         if run_tests(root, tests, must_pass=True) != 0:
