@@ -53,7 +53,7 @@ from regrow.randomness import key, seed_data, seed_everything, states_kept
 from regrow.record import monitor
 from regrow.record.meter import Meter
 from regrow.runs import model_checks
-from regrow.runs.fault_checks import Untrained, of_task
+from regrow.runs.fault_checks import Untrained, untrained_of
 
 log = logging.getLogger(__name__)
 
@@ -321,7 +321,7 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     if smallest // (state.num_micro_batches * world.size) <= 1:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
-    odd = of_task(objects.task)
+    odd = untrained_of(objects.task)
     # A sharded forward pass involves all processes, some of which may have a single example.
     if world.mesh is None or min(world.gather(first.num_local)) > 1:
         with states_kept():
@@ -428,9 +428,9 @@ def plan_of(
         record=record.get("record"),
         untrained=untrained,
     )
-    peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
     optimizer = objects.state.optimizer
     watched = {"task": objects.task, "step": objects.train_step, "optimizer": optimizer}
+    peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
     # Counting the operations of a compiled model would run it uncompiled.
     meter = Meter(None if options.compile or peak is None else peak * world.size)
     return LoopPlan(

@@ -306,9 +306,9 @@ def cut(
     With `folds`, the test set is fold `fold` of `folds` equal folds; `test_fraction` is ignored.
     Examples of one of the `groups` always land in the same split, and so do those with equal keys
     (true duplicates) if `keeps_equal_together`. Warns if a split's size is then far from what was
-    asked; `way_apart` says what splits them one by one.
-    The test split depends only on the data, `seed` and `test_fraction` or `folds`, not on
-    `val_fraction`. Raises UserError for fractions, DataError for a split that would be empty.
+    asked; `way_apart` says what splits them one by one. The test split depends only on the data,
+    `seed` and `test_fraction` or `folds`, not on `val_fraction`. Raises UserError for fractions,
+    DataError for a split that would be empty.
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
     test_share = test_fraction if folds is None else 1 / folds
@@ -356,7 +356,7 @@ def cut(
     kinds = f"{len(first_in_unit)} {kind}{'s' * (len(first_in_unit) > 1)}"
     given = len(keys) if groups is None else len(set(groups))
     together = ""
-    if len(first_in_unit) < (1 - TOLERANCE) * given:
+    if len(first_in_unit) < (1 - TOLERANCE) * given:  # a few equal ones do not explain it
         theirs = ", and so do their groups" if groups is not None else ""
         together = f" Equal examples stay in one split{theirs}. {way_apart or ''}".rstrip()
 

@@ -4,7 +4,7 @@ Public, by module; all else is private to this folder.
 
 console: console
 export: exported
-fault_checks: of_task, Untrained
+fault_checks: Untrained, untrained_of
 find_lr: find_lr
 generation: generate
 inference: changed_split, draws_of, evaluate, other_draws, predict, predict_masks

@@ -216,7 +216,7 @@ def without_gradient(names: list[str], steps: int) -> str:
     )
 
 
-def of_task(task: Any) -> list[str]:
+def untrained_of(task: Any) -> list[str]:
     """Return a warning if the task or its loss has parameters: only the model's are trained."""
     found = []
     for name, value in {"task": task, **vars(task)}.items():
