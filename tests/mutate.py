@@ -79,7 +79,8 @@ def copy_tree(root: Path) -> None:
         if (ROOT / name).is_file():  # not one that was deleted
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
-    subprocess.run(["git", "-C", root, "init", "-q"], check=True)
+    for command in (["init", "-q"], ["add", "-A"]):  # tests skip where files are untracked
+        subprocess.run(["git", "-C", root, *command], check=True)
 
 
 def main(words: list[str]) -> int:
